@@ -120,7 +120,7 @@ def test_views_of_a_batch_are_views_of_each(anovl, fix):
     both = d(fix['in/image'], 'bottle').image_logit
     close(both, torch.cat([d(x[None], 'bottle').image_logit for x in fix['in/image']]), atol=1e-6)
 
-VARIANTS = [dict(), dict(attention='qk'), dict(vv_layers=1), dict(vv_layers=(2, 4)), dict(attention='v', vv_layers=1), dict(attention='kk'), dict(attention='qq', vv_layers=2),
+VARIANTS = [dict(), dict(attention='qk'), dict(vv_layers=1), dict(vv_layers=(2, 4)), dict(attention='v', vv_layers=1), dict(attention='v', vv_layers=1, residual=False), dict(vv_layers=2, residual=False), dict(attention='kk'), dict(attention='qq', vv_layers=2),
             dict(recursive=True, box=1), dict(text_mean='unit', temperature=.07, sigma=2.), dict(align_corners=False), dict(prompt_level='state'), dict(prompt_level='base')]
 
 @needs_shared

@@ -49,6 +49,7 @@ def test_open_clip_output(kind, size):
     tokens, theirs = trunk(x), visual.forward_intermediates(x, output_fmt='NLC', output_extra_tokens=True)
     torch.testing.assert_close(tokens.projected().cls, visual(x), **CLOSE)
     for l, patches in tokens.patches.items(): torch.testing.assert_close(patches, theirs['image_intermediates'][l-1], **CLOSE)
+    torch.testing.assert_close(trunk(x, layers=()).projected().cls, visual(x), **CLOSE)   # patches of the last block left out
     assert same(trunk, before)
 
 @pytest.mark.parametrize('new', [48, 16, (24, 56)], ids=str)
@@ -211,6 +212,12 @@ def test_attention_is_the_trunks_own(trunk):
     tokens = trunk(pictures(*trunk.size), watch=watch)
     n = tokens.patches[1].shape[1]
     for l, patches in tokens.patches.items(): torch.testing.assert_close(found[l][:, trunk.prefix:trunk.prefix+n], patches, **CLOSE)
+
+def test_only_what_is_asked_for(trunk):
+    x = pictures(*trunk.size)
+    full, some, none = trunk(x), trunk(x, layers=[1, 2]), trunk(x, layers=())
+    for t in (some, none): torch.testing.assert_close(t.cls, full.cls, **CLOSE)
+    assert list(some.patches) == [1, 2] and torch.equal(some.patches[2], full.patches[2]) and none.patches == {} == none.extra
 
 def test_bad_input(trunk):
     p, (H, W) = trunk.patch_size, trunk.size

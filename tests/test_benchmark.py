@@ -476,3 +476,22 @@ def test_real_pictures_as_they_lie(bright, name, total):
     assert data.total() == total
     run = quiet(bright, data, limit=24)
     assert not run.left_out and run.mean.notna().all() and len(run.results) == 1
+
+
+class Listens(Bright):
+    "Remembers what it was told it sees"
+    def forward(self, images, class_names=None, extras=()):
+        self.heard = getattr(self, 'heard', set()) | set(class_names)
+        return super().forward(images, class_names, extras)
+
+def test_benchmark_nouns_and_published_counts(backbone, tmp_path):
+    from zsad_nb.datasets import CountWarning
+    tree(tmp_path/'mvtec', ('tile',))
+    shutil.copytree(tmp_path/'mvtec'/'tile', tmp_path/'mvtec'/'metal_nut')
+    with pytest.warns(CountWarning): data = load_dataset('mvtec', tmp_path/'mvtec')
+    told, untold = Listens(backbone=backbone), Listens(backbone=backbone)
+    run = quiet(told, data)
+    quiet(untold, data, class_names=False)
+    assert told.heard == {'metal nut', 'tile'} and untold.heard == {None}
+    assert run.config['data']['published'] is False and run.config['data']['all_categories'] == 15 and run.config['data']['title'] == 'MVTec AD'
+    assert compare(claim(run, data__published=False, data__all_categories=15)).not_the_same.str.contains('2 of 15 categories; not the published split').all()

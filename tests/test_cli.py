@@ -1,5 +1,5 @@
 "The command line end to end, on the embedded backbone: bad input beside good, what is written when, and every exit status"
-import builtins, csv, errno, io, json, os, stat, struct, subprocess, sys, zlib
+import builtins, csv, errno, io, json, os, signal, stat, struct, subprocess, sys, time, zlib
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -46,13 +46,15 @@ def go(*words, capsys):
 
 def written(folder='zsad_out'): return sorted(p.name for p in Path(folder).iterdir())
 
-def whole(folder='zsad_out'):
-    "Nothing half-written: every file of the results opens, and each row has its files"
+def whole(folder='zsad_out', broken_off=False):
+    "Nothing half-written: every file of the results opens, and each row has its files; a run broken off may have files of one picture more"
     folder = Path(folder)
     rows = read_scores(folder/'scores.csv')
     expected = {'run.json', 'scores.csv'} | {r[k] for r in rows for k in ('overlay', 'map') if r[k]}
     if (folder/'failures.csv').exists(): expected.add('failures.csv')
-    assert set(written(folder)) == expected
+    more = set(written(folder)) - expected
+    assert expected <= set(written(folder)) and len(more) <= 2*broken_off
+    for name in more: Image.open(folder/name).load() if name.endswith('_overlay.png') else read_map(folder/name)
     for r in rows:
         size = tuple(map(int, r['size'].split('x')))
         Image.open(folder/r['overlay']).load()
@@ -235,6 +237,27 @@ def test_vanishing_picture(capsys, tiny, monkeypatch):
     status, _, err = go('predict', 'a.png', 'b.png', '--quiet', capsys=capsys)
     assert status == 1 and 'no such file' in sentences(err, 1)[0] and [r['path'] for r in whole()] == ['b.png']
 
+def test_vanishing_picture_with_a_range_of_the_run(capsys, monkeypatch):
+    "With --range auto overlays are painted at the end: a picture gone by then keeps its score and is named"
+    draw('a.png'); draw('b.png')
+    real = cli.Run.paint_waiting
+    monkeypatch.setattr(cli.Run, 'paint_waiting', lambda self: Path('a.png').unlink() or real(self))
+    status, _, err = go('predict', 'a.png', 'b.png', '--quiet', '--range', 'auto', capsys=capsys)
+    assert status == 1 and 'no such file' in sentences(err, 1)[0]
+    assert len(read_scores('zsad_out/scores.csv')) == 2 and 'b_overlay.png' in written() and '.zsad_maps' not in written()
+
+def test_map_too_large_for_memory(capsys, monkeypatch):
+    "One picture whose map does not fit is a failure, not the end of the run"
+    from zsad_nb.types import Prediction
+    draw('a.png'); draw('b.png')
+    real = Prediction.map_at_size
+    def small(self):
+        if self.path.name == 'a.png': raise MemoryError
+        return real(self)
+    monkeypatch.setattr(Prediction, 'map_at_size', small)
+    status, _, err = go('predict', 'a.png', 'b.png', '--quiet', capsys=capsys)
+    assert status == 1 and '--maps none' in sentences(err, 1)[0] and [r['path'] for r in read_scores('zsad_out/scores.csv')] == ['b.png']
+
 def test_same_names_in_different_folders(capsys):
     for d in ('left', 'right', 'right/deep'): draw(f'{d}/01.png')
     draw('left/01.jpg')
@@ -374,6 +397,24 @@ def test_resume_of_a_killed_run(capsys):
     Path('zsad_out/scores.csv').unlink(); Path('zsad_out/scores.csv.part').write_text(''.join(lines[:2]) + lines[2][:9])
     assert go('predict', 'p', '--quiet', '--resume', capsys=capsys)[0] == 0
     assert len(whole()) == 3 and Path('zsad_out/scores.csv').read_text().startswith(''.join(lines[:2]))
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX systems')
+@pytest.mark.parametrize('sign', [signal.SIGINT, getattr(signal, 'SIGKILL', 9)])
+def test_a_real_process_stopped_in_the_middle(capsys, sign):
+    "Ctrl-C and kill -9 as they happen: every finished row is there, everything is whole, and --resume does the rest"
+    for i in range(60): draw(f'p/{i:03}.png')
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'zsad_nb.cli', 'predict', 'p', '--quiet', '--batch-size', '2'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    part, last = Path('zsad_out/scores.csv.part'), time.monotonic() + 300
+    while p.poll() is None and time.monotonic() < last and len(read_scores(part)) < 3: time.sleep(.02)
+    p.send_signal(sign)
+    out, err = p.communicate(timeout=60)
+    if sign == signal.SIGINT:
+        assert p.returncode == 130 and b'interrupted' in err and b'Traceback' not in err
+        n = len(whole(broken_off=True))
+    else: n = len(read_scores(part))
+    assert 3 <= n < 60
+    status, out, _ = go('predict', 'p', '--quiet', '--resume', '--json', capsys=capsys)
+    assert status == 0 and len(json.loads(out)['pictures']) == 60 == len(read_scores('zsad_out/scores.csv'))
 
 def test_resume_refuses_other_settings(capsys):
     draw('a.png')

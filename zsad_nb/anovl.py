@@ -46,6 +46,7 @@ class AnoVLConfig(Config):
     "Settings of AnoVL's training-free part; the defaults are the released code with one view"
     attention: str = 'vv'              # what feeds the patches: 'vv' AnoVL eq. 7; 'qq', 'kk', 'v' variants; 'qk' plain CLIP (AnoVL table 3)
     vv_layers: int|tuple|None = None   # blocks that feed them: None all (released), 1 the last, a list those (AnoVL table 3)
+    residual: bool = True              # the stream keeps the tokens it starts from (released); False: only what attention adds (as MaskCLIP)
     recursive: bool = False            # True: values from the stream itself, AnoVL eq. 7 literally; False: from the original path (released)
     prompt_level: str = 'domain'       # 'base', 'state', 'domain': the rows of AnoVL table 4
     domain: str = 'auto'               # words for an 'object' or a 'texture'; 'auto' by the class name (released)
@@ -67,7 +68,7 @@ def __post_init__(self:AnoVLConfig):
     for name, allowed in choices.items():
         if getattr(self, name) not in allowed: raise ConfigError(f'{name} must be one of {", ".join(map(repr, allowed))}, got {getattr(self, name)!r}')
     if not self.temperature > 0: raise ConfigError(f'temperature must be above 0, got {self.temperature}')
-    if self.attention == 'qk' and (self.recursive or self.vv_layers): raise ConfigError("attention='qk' is plain CLIP: vv_layers and recursive mean nothing there")
+    if self.attention == 'qk' and (self.recursive or self.vv_layers or not self.residual): raise ConfigError("attention='qk' is plain CLIP: vv_layers, residual and recursive mean nothing there")
     pick_domain(None, self.domain)
 
 # %% ../nbs/30_anovl.ipynb #6c99340c
@@ -174,7 +175,7 @@ def features(self:AnoVL,
     looks = {n: Looking() if n == 'attention_qk' else Looking(c.attention, c.vv_layers, beside if c.recursive else None) for n in attention}
     tokens = trunk(images, layers=1, watch=(*looks.values(), *(() if plain and not keep_parts else (beside,))))
     rows = slice(trunk.prefix, trunk.prefix + math.prod(tokens.grid))
-    final = tokens.patches[trunk.depth] if plain else beside.tokens[:, rows]
+    final = tokens.patches[trunk.depth] if plain else beside.tokens[:, rows] - (0 if c.residual else beside.start[:, rows])
     into_joint = lambda x: trunk.project(trunk.norm(x))
     return Features(into_joint(tokens.cls), into_joint(final), tokens.grid, final,
                     self._parts_of(beside, final, rows) if keep_parts else {}, {n: torch.stack(w.rows, 1) for n, w in looks.items()})
@@ -183,7 +184,8 @@ def features(self:AnoVL,
 @patch
 def _parts_of(self:AnoVL, beside, final, rows): # {name: (b n d)}, in the order of the blocks
     if isinstance(beside, ValueStream):
-        return {'tokens': beside.start[:, rows], **{f'block {l}': x[:, rows] for l, x in beside.parts.items()}}
+        start = {'tokens': beside.start[:, rows]} if self.cfg.residual else {}
+        return {**start, **{f'block {l}': x[:, rows] for l, x in beside.parts.items()}}
     x = [o[:, rows] for o in beside.seen.values()] + [final]
     return {'tokens': x[0], **{f'block {l}': b - a for l, (a, b) in enumerate(zip(x, x[1:]), 1)}}
 

@@ -41,8 +41,8 @@ class Backbone(nn.Module):
 
     def train(self, mode:bool=True): return super().train(False)  # frozen means frozen
 
-# %% ../nbs/12_backbones.ipynb #648d6209
-def _size(size, patch):
+# %% ../nbs/12_backbones.ipynb #5a853057
+def _size(size, patch):  # (H, W) or one side -> (H, W), divisible by the patch size
     H, W = (size, size) if isinstance(size, int) else tuple(size)
     if H % patch or W % patch or H < patch or W < patch:
         raise ConfigError(f'image size {H}x{W} is not a multiple of the patch size {patch}: try {max(1, round(H/patch))*patch}x{max(1, round(W/patch))*patch}')
@@ -81,6 +81,19 @@ def fingerprint(self:Backbone)->str: # 12 hexadecimal digits
         h.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:12]
 
+# %% ../nbs/12_backbones.ipynb #d7bb46e6
+TINY = Path(zsad_nb.__file__).parent/'data'/'tiny'  # the embedded backbone
+
+def _build_package(spec, path, folder=None):
+    import open_clip
+    folder = folder or TINY
+    try: cfg = json.loads((folder/'config.json').read_text())
+    except (OSError, ValueError) as e: raise WeightsError(f'the embedded backbone wants a readable config.json in {folder} ({type(e).__name__})') from e
+    model = open_clip.CLIP(cfg['embed_dim'], cfg['vision_cfg'], cfg['text_cfg'], quick_gelu=cfg.get('quick_gelu', False))
+    if path is not None: fit(model, read_state(path), path, spec.name)
+    tokenizer = BPETokenizer(folder/'tokenizer.json', model.context_length, cfg['sot'], cfg['eot'], cfg['pad'])
+    return Backbone(spec.name, OpenClipTrunk(model.visual), TextTower(model, tokenizer), cfg['image_size'], cfg['mean'], cfg['std'], cfg['interpolation'])
+
 # %% ../nbs/12_backbones.ipynb #e0aa49e9
 @dataclass(frozen=True)
 class Spec:
@@ -93,9 +106,7 @@ class Spec:
     files: tuple = ('model.safetensors', 'pytorch_model.bin') # file names in it, best first
     url: str = ''   # a plain file instead of a hub folder
 
-# %% ../nbs/12_backbones.ipynb #d7bb46e6
-TINY = Path(zsad_nb.__file__).parent/'data'/'tiny'  # the embedded backbone
-
+# %% ../nbs/12_backbones.ipynb #f02e59cf
 _CLIP = ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 'open_clip_pytorch_model.bin')
 
 def _openai(name): return Spec(name, 'open_clip', name+'-quickgelu', 'openai', f'timm/vit_{dict(B="base", L="large")[name[4]]}_patch{name[6:8]}_clip_{name[9:] or 224}.openai', _CLIP)
@@ -195,6 +206,7 @@ def _missing(spec, why):
     from huggingface_hub import constants
     if not (spec.repo or spec.url): return WeightsError(f'{spec.name}: nobody publishes weights under this name that could be fetched; give a file by weights=..., or pretrained=False for random ones')
     what, where = (f'{spec.repo} ({" or ".join(spec.files)})', constants.HF_HUB_CACHE) if spec.repo else (spec.url, '~/.cache/clip')
+    where = where.replace(str(Path.home()), '~')
     return WeightsError(f"no weights for '{spec.name}': looked for {what} in the cache {where}, and {why}. "
         f"""Fetch them beforehand where there is a network: python -c "from zsad_nb.backbones import load_backbone; load_backbone('{spec.name}')" """
         "(then carry that cache folder over), or give a file by weights=...; load_backbone('tiny') works without any download")
@@ -207,8 +219,8 @@ def fetch(
     if (path := find_cached(spec)) is not None: return path
     if spec.provider == 'package': raise WeightsError(f'the embedded weights {TINY/spec.files[0]} are missing from this installation: reinstall zsad_nb')
     if not (spec.repo or spec.url): raise _missing(spec, '')
-    from huggingface_hub import constants, is_offline_mode
-    if is_offline_mode(): raise _missing(spec, 'HF_HUB_OFFLINE forbids the network')
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE: raise _missing(spec, 'HF_HUB_OFFLINE forbids the network')
     server = spec.url or constants.ENDPOINT
     if not reachable(server): raise _missing(spec, f'{urlsplit(server).netloc} does not answer')
     try: return _download(spec)
@@ -273,7 +285,7 @@ def _read_safetensors(path):
 def _read_torch(path):
     import pickle
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e: raise WeightsError(f'{path} is not a plain file of tensors: reading it could run code, so it is refused; save its state_dict as safetensors') from e
+    except pickle.UnpicklingError as e: raise WeightsError(f'{path} is no plain file of tensors: either it is damaged, or a pickle that could run code; it is refused, save its state_dict as safetensors') from e
     except Exception as e: raise WeightsError(f'{path} is damaged, truncated or no checkpoint at all ({type(e).__name__}): fetch it again') from e
     if not isinstance(state, dict): raise WeightsError(f'{path} holds a {type(state).__name__}, not tensors by name: save its state_dict')
     return state
@@ -379,17 +391,6 @@ def _build_timm(spec, path):
     cfg = timm.get_pretrained_cfg(f'{spec.arch}.{spec.tag}' if spec.tag else spec.arch)
     how = cfg.interpolation if cfg.interpolation in ('bilinear', 'bicubic') else 'bicubic'
     return Backbone(spec.name, trunk, None, tuple(model.patch_embed.img_size), cfg.mean, cfg.std, how)
-
-# %% ../nbs/12_backbones.ipynb #b896d233
-def _build_package(spec, path, folder=None):
-    import open_clip
-    folder = folder or TINY
-    try: cfg = json.loads((folder/'config.json').read_text())
-    except (OSError, ValueError) as e: raise WeightsError(f'the embedded backbone wants a readable config.json in {folder} ({type(e).__name__})') from e
-    model = open_clip.CLIP(cfg['embed_dim'], cfg['vision_cfg'], cfg['text_cfg'], quick_gelu=cfg.get('quick_gelu', False))
-    if path is not None: fit(model, read_state(path), path, spec.name)
-    tokenizer = BPETokenizer(folder/'tokenizer.json', model.context_length, cfg['sot'], cfg['eot'], cfg['pad'])
-    return Backbone(spec.name, OpenClipTrunk(model.visual), TextTower(model, tokenizer), cfg['image_size'], cfg['mean'], cfg['std'], cfg['interpolation'])
 
 # %% ../nbs/12_backbones.ipynb #1de14da9
 def load_backbone(

@@ -159,14 +159,14 @@ def bench_metrics(
     r = race(pictures, size, defective, seed, baseline)
     papers, better = r['steps'] + r['three'], r['three'] + r['all_thresholds']
     say = lambda what, value, unit='s', **kw: row('metrics', what, value, unit, **kw)
-    rows = [say(f'exact, all four, {pictures} maps of {size} x {size}, {defective} defective, a picture', r['ours']),
-            say(f"papers' way: 200-step PRO and three scikit-learn curves ({min(baseline, pictures)} maps), a picture", papers),
-            say(f'scikit-learn and all-threshold PRO ({min(baseline, pictures)} maps), a picture', better),
-            _at_least(say("papers' way / exact", papers/r['ours'], 'x'), 20), _at_least(say('scikit-learn and all-threshold PRO / exact', better/r['ours'], 'x'), 8)]
+    timed = min(baseline, pictures)
+    rows = [say(f'exact, a picture ({pictures} of {size}x{size}, {defective} defective)', r['ours']),
+            say(f"papers' way, a picture ({timed} timed)", papers), say(f'sklearn + all-threshold PRO, a picture ({timed} timed)', better),
+            _at_least(say("papers' way / exact", papers/r['ours'], 'x'), 20), _at_least(say('sklearn + all-threshold PRO / exact', better/r['ours'], 'x'), 8)]
     for n in streams:
         s = stream_alone(n, size, defective/pictures, seed)
-        rows += [say(f'streaming, {n} pictures, a picture', s['seconds'], most=.02), say(f'streaming, {n} pictures, peak memory of the process', s['peak'], 'MB', most=300),
-                 say(f'streaming, {n} pictures, largest stated error', s['error']*1e6, 'millionths', most=100)]
+        rows += [say(f'streaming {n}, a picture', s['seconds'], most=.02), say(f'streaming {n}, peak of the process', s['peak'], 'MB', most=300),
+                 say(f'streaming {n}, largest stated error', s['error']*1e6, 'millionths', most=100)]
     return rows + [say('streaming, largest actual error', stream_error(min(pictures, 20), size, seed)*1e6, 'millionths', most=100)]
 
 # %% ../nbs/62_bench_metrics.ipynb #7fe36886

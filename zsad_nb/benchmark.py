@@ -202,6 +202,7 @@ def run_config(
         auxiliary=(made['training'] or {}).get('data', ''), device=str(detector.device))
     return json.loads(json.dumps(dict(detector=detector_facts, data=facts, measured=measured, versions=_versions())))
 
+# %% ../nbs/41_benchmark.ipynb #55eced3a
 def _expected(data):
     "How many categories the set has, and whether these are the published pictures (None: nobody published any)"
     d = data.description
@@ -366,8 +367,9 @@ def _remarks(self:EvalResult, most=10):
 def _repr_html_(self:EvalResult):
     from html import escape
     t = self.percent().drop(columns='missing', errors='ignore').reset_index()
-    row = lambda cells, tag='td', bold=False: '<tr>' + ''.join(f'<{tag} style="text-align:{"right" if i else "left"}">{"<b>"*bold}{escape(str(c))}{"</b>"*bold}</{tag}>' for i, c in enumerate(cells)) + '</tr>'
-    body = [row(r, bold=r[0] == 'mean') for r in t.itertuples(index=False)]
+    def cell(i, c, tag): return f'<{tag} style="text-align:{"right" if i else "left"}">{c}</{tag}>'
+    def row(cells, tag='td'): return '<tr>' + ''.join(cell(i, escape(str(c)), tag) for i, c in enumerate(cells)) + '</tr>'
+    body = [row(r, 'th' if r[0] == 'mean' else 'td') for r in t.itertuples(index=False)]
     notes = ''.join(f'<br>{escape(x.strip())}' for x in self._remarks())
     return f'<p>{escape(self.title)}</p><table>{row(t.columns, "th")}{"".join(body)}</table>' + (f'<p>{notes[4:]}</p>' if notes else '')
 
@@ -395,6 +397,7 @@ def _tables(self:EvalResult, folder):
     else: (folder/'left_out.csv').unlink(missing_ok=True)
     return folder
 
+# %% ../nbs/41_benchmark.ipynb #5ffc04cb
 def load_result(
     folder:str|Path, # of a run, finished or not
 ) -> EvalResult:
@@ -553,7 +556,7 @@ def plot(self:SweepResult,
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
     ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     first = 100*mean[metrics[0]].dropna()
-    best = f'{metrics[0].replace("_", " ")}: {first.max():.1f} at {first.idxmax()}, {first.min():.1f} at {first.idxmin()}' if len(first) else self.title
+    best = f'{metrics[0].replace("_", " ")}: {first.max():.1f} at {self.field or "run"} = {first.idxmax()}, {first.min():.1f} at {first.idxmin()}' if len(first) else self.title
     ax.set_title(title or best, fontsize=9, fontweight='bold', loc='left')
     return Plot(fig, photo=False)
 
@@ -565,6 +568,8 @@ def _settings(method, field, values, preset):
     if field and field not in names: raise ConfigError(f'{method.__name__} has no setting {field!r}; it has {", ".join(names)}')
     if field and not len(values): raise ConfigError(f'give at least one value for {field}')
     return [(v, replace(base, **{field: v})) for v in values] if field else [('', base)]
+
+def _place(folder, field, value, seed): return Path(folder)/quote(f'{field or "run"}={value}, seed {seed}', safe=' =,.()') if folder else None
 
 def _make(method, cfg, backbone, seed): # a detector without training
     names = [f.name for f in fields(cfg)]
@@ -590,12 +595,11 @@ def sweep(
     method = find_method(method) if isinstance(method, str) else method
     todo, runs = _settings(method, field, values, preset), []
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
-    for value, cfg in todo:
-        for seed in range(seeds):
-            detector = (make or (lambda *a: _make(method, *a)))(cfg, backbone, seed)
-            place = Path(folder)/quote(f'{field or "run"}={value}, seed {seed}', safe=' =,.()') if folder else None
-            data = dataset(seed) if callable(dataset) else dataset
-            runs.append((value, seed, evaluate(detector if device is None else detector.to(device), data, seed=seed, folder=place, **(options or {}))))
+    for value, cfg, seed in ((v, c, s) for v, c in todo for s in range(seeds)):
+        detector = make(cfg, backbone, seed) if make else _make(method, cfg, backbone, seed)
+        if device: detector.to(device)
+        data, place = dataset(seed) if callable(dataset) else dataset, _place(folder, field, value, seed)
+        runs.append((value, seed, evaluate(detector, data, seed=seed, folder=place, **(options or {}))))
     return SweepResult(field, runs)
 
 # %% ../nbs/41_benchmark.ipynb #e2a07e4a

@@ -10,8 +10,8 @@ __all__ = ['COLUMNS', 'MAPS', 'PACKAGES', 'COMMANDS', 'shown', 'check_name', 'ta
            'list_backbones', 'list_readers', 'list_places', 'info', 'info_words', 'find_function', 'Parser',
            'make_parser', 'main']
 
-# %% ../nbs/60_cli.ipynb #e0280aa4
-import argparse, contextlib, csv, dataclasses, difflib, errno, io, json, math, os, sys, tempfile, time
+# %% ../nbs/60_cli.ipynb #f4d0b73e
+import argparse, contextlib, csv, dataclasses, difflib, errno, io, json, math, os, shutil, sys, time
 from collections import Counter
 from importlib import import_module, metadata
 from pathlib import Path
@@ -195,6 +195,7 @@ def take(self:Run,
         files = dict(overlay=self.paint(stem, answer))
         if kind := MAPS[self.maps]: files['map'] = save_map(self.folder/f'{stem}_map.{kind}', answer.map_at_size(), self.span or answer.map_range)
     except PictureError as e: return self.failures.append(Failure(answer.path, f'{e.reason}; {e.hint}'))
+    except MemoryError: return self.failures.append(Failure(answer.path, 'its map does not fit into memory at the size of the picture; use --maps none'))
     row = self.row_of(answer, files)
     self.scores.add(row)
     self.rows.append(row)
@@ -215,9 +216,8 @@ def paint_waiting(self:Run):
     "Paint the overlays that waited, all in the range of the run"
     self.span = min(w[3][0] for w in self.waiting), max(w[3][1] for w in self.waiting)
     for path, aside, light, _ in self.waiting:
-        save_picture(path, dataclasses.replace(light, map=read_map(aside)).overlay(vmin=self.span[0], vmax=self.span[1]))
-        aside.unlink()
-    (self.folder/'.zsad_maps').rmdir()
+        try: save_picture(path, dataclasses.replace(light, map=read_map(aside)).overlay(vmin=self.span[0], vmax=self.span[1]))
+        except PictureError as e: self.failures.append(Failure(light.path, f'{e.reason}; {e.hint}'))
 
 @patch
 def close(self:Run):
@@ -225,6 +225,7 @@ def close(self:Run):
     try:
         if self.waiting: self.paint_waiting()
     finally:
+        shutil.rmtree(self.folder/'.zsad_maps', ignore_errors=True)
         self.scores.close()
         write_failures(self.folder/'failures.csv', self.failures)
 
@@ -416,7 +417,7 @@ def report(
         extra = [c for c, want in (('class_name', args.class_name == 'auto'), ('anomalous', args.threshold is not None)) if want]
         print(top_scores(rows, ['score', *extra, 'size', 'path'], args.top, Path(out)/'scores.csv'))
     for f in failures: say(f'failed: {shown(f.path)}: {shown(f.reason)}')
-    if stopped: say(f'stopped: {shown(stopped)}; what was finished is in {shown(out)}, go on with --resume')
+    if stopped: say(f'stopped: {shown(stopped)}; what was finished is in {shown(out)}' + (', go on with --resume' if args.range != 'auto' else ''))
     if not args.quiet and run: say(summary(run, failures, seconds))
 
 # %% ../nbs/60_cli.ipynb #d1986414
@@ -426,8 +427,12 @@ def say(
     "Print a line on standard error, where it does not mix with results"
     print(text, file=sys.stderr)
 
-def summary(run, failures, seconds) -> str:
-    "One line about a run"
+def summary(
+    run:Run, # finished
+    failures:list[Failure], # all of them
+    seconds:float, # of the whole command
+) -> str: # one line
+    "Say how a run went"
     bad = f', {len(failures)} failed' if failures else ''
     over = '' if run.threshold is None else f', {sum(r["anomalous"] for r in run.rows)} at or above {run.threshold:g}'
     span = f'; colours from {run.span[0]:.3g} to {run.span[1]:.3g}' if run.span else ''
@@ -557,8 +562,12 @@ def info(
                              table([dict(place=k, path=v) for k, v in facts['places'].items()]), f'device: {facts["device"]}']))
     return 0
 
-# %% ../nbs/60_cli.ipynb #c4e06ef0
-def info_words(p): p.add_argument('--json', action='store_true', help='print one JSON document instead of tables')
+# %% ../nbs/60_cli.ipynb #dc54c6d6
+def info_words(
+    p:argparse.ArgumentParser, # gets the words
+):
+    "The words `zsad info` understands"
+    p.add_argument('--json', action='store_true', help='print one JSON document instead of tables')
 
 # %% ../nbs/60_cli.ipynb #7b5877d9
 COMMANDS = {

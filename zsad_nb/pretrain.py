@@ -33,6 +33,7 @@ class Recipe:
     groups: int = 8            # categories in a batch: few, so that the state must be read and not only the thing
     lr: float = 1e-3           # peak learning rate of AdamW
     decay: float = .05         # its weight decay
+    spell: float = .05         # chance that a word is spelled out for the text tower
     bf16: bool = True          # multiply in half precision (measured here: about twice as fast; slow on processors without it)
     seed: int = 0              # of weights, pictures and order
 
@@ -78,11 +79,12 @@ def look(model, images):
     x = torch.cat([v.class_embedding.expand(len(x),1,-1),x.flatten(2).transpose(1,2)],1)+p
     return v.ln_post(v.transformer(v.ln_pre(x))[:,0]) @ v.proj
 
-def encode_words(tok, words, cfg):
-    "Token ids (k ctx): start, pieces, end, padding"
+def encode_words(tok, words, cfg, g=None, spell=0.):
+    "Token ids (k ctx): start, pieces, end, padding; with chance `spell`, drawn from `g`, a piece is spelled out"
     out = torch.full((len(words),cfg['text_cfg']['context_length']),cfg['pad'])
     for row,e in zip(out,tok.encode_batch(words,add_special_tokens=False)):
-        ids = [cfg['sot'],*e.ids[:len(row)-2],cfg['eot']]; row[:len(ids)] = torch.tensor(ids)
+        ids = [j for i in e.ids for j in ([tok.token_to_id(c) for c in tok.id_to_token(i)] if spell and g.random()<spell else [i])]
+        ids = [cfg['sot'],*ids[:len(row)-2],cfg['eot']]; row[:len(ids)] = torch.tensor(ids)
     return out
 
 # %% ../nbs/70_pretrain.ipynb #2f02370d
@@ -193,7 +195,7 @@ def one_step(model, opt, world, g, r, step):
     batch,size = r.stage(step); at = world.pick(g,batch)
     x,seen,kept = world.views(g,at,size); said,true = world.words(g,at,seen,kept)
     for gr in opt.param_groups: gr['lr'] = r.lr*rate(step,r)
-    with torch.autocast('cpu',torch.bfloat16,enabled=r.bf16): a,b = look(model,x),model.encode_text(encode_words(world.tok,said,world.cfg))
+    with torch.autocast('cpu',torch.bfloat16,enabled=r.bf16): a,b = look(model,x),model.encode_text(encode_words(world.tok,said,world.cfg,g,r.spell))
     loss = contrastive(a.float(),b.float(),model.logit_scale.exp().clamp(max=100),true)
     opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(),1.); opt.step()
     return loss.item()
@@ -210,7 +212,7 @@ def pretrain(
     opt = torch.optim.AdamW(groups_of(model,r.decay),lr=r.lr,betas=(.9,.98)); last = folder/'checkpoint.pt'; start,log = 0,[]
     if last.exists():
         was = torch.load(last,weights_only=True); model.load_state_dict(was['model']); opt.load_state_dict(was['opt']); start,log = was['step'],was['log']
-    world = World(folder/'pool',r,tok,cfg); tok.model.dropout = .1; model.train()
+    world = World(folder/'pool',r,tok,cfg); model.train()
     for step in range(start,r.steps):
         t = time.time(); g = np.random.default_rng((r.seed,step)); log.append(one_step(model,opt,world,g,r,step))
         if step%20==0: print(f'step {step} loss {np.mean(log[-20:]):.3f} scale {model.logit_scale.exp():.1f} {time.time()-t:.2f} s',flush=True)
@@ -218,7 +220,6 @@ def pretrain(
             torch.save(dict(model=model.state_dict(),opt=opt.state_dict(),step=step+1,log=log),folder/'next.pt')
             (folder/'next.pt').replace(last)
         if step+1==limit: return
-    tok.model.dropout = None
     return save_backbone(folder/'tiny',model,tok,cfg,r,log)
 
 # %% ../nbs/70_pretrain.ipynb #720cec39

@@ -21,7 +21,7 @@ def self_attention(
     qkv:Sequence[Tensor], # q, k, v of one block, each (b heads t dh)
     kind:str='vv',        # a key of `KINDS`
 )->Tensor: # (b heads t dh)
-    "softmax(a b^T * dh^-0.5) v, where `kind` names a and b; 'v' hands out v itself. The attention inside AnoVL eq. 7."
+    "softmax(a b^T * dh^-0.5) v, where `kind` names a and b; 'v' hands out v itself. The attention of AnoVL eq. 7, KAnoCLIP eq. 4."
     if kind not in KINDS: raise ConfigError(f'kind={kind!r} is no attention; choose one of {", ".join(KINDS)}')
     if kind == 'v': return qkv[2]
     asks, answers = KINDS[kind]
@@ -46,14 +46,14 @@ class ValueStream:
 @patch
 def __call__(self:ValueStream,
     step:Step, # the block about to run
-    x:Tensor,  # (b t d) the original path entering it
+    x:Tensor,  # (b t d) the original path entering it, KAnoCLIP eq. 5
     layer:int, # its number, 1..depth
 ):
-    "Follow the trunk one block further: S_l = S_(l-1) + out_l(attention of the original path's q, k, v)."
+    "Follow the trunk one block further."
     if layer == 1: self.taps, self.parts, self._chosen = {}, {}, take_layers(self.layers, step.trunk.depth)
     if layer <= self._chosen[0]:
         if layer > 1: self.taps[layer-1] = x   # before the stream leaves, it is the original path
-        self.start = self.tokens = x
+        self.start = self.tokens = x           # KAnoCLIP eq. 6
     elif x.shape[1] != self.tokens.shape[1]: self._grow(x)
     if layer in self._chosen: self._add(step, layer)
     if layer >= self._chosen[0]: self.taps[layer] = self.tokens
@@ -61,13 +61,16 @@ def __call__(self:ValueStream,
 # %% ../nbs/13_surgery.ipynb #dac49111
 @patch
 def _add(self:ValueStream, step, layer):
+    "S_l = S_(l-1) + out_l(attention): KAnoCLIP eq. 8 on values of KAnoCLIP eq. 7, or AnoVL eq. 7"
     qkv = step.trunk.qkv(layer, self.tokens) if self.recursive else step.qkv()
     part = step.out(self_attention(qkv, self.kind))
     if self.keep_parts: self.parts[layer] = part
-    self.tokens = self.tokens + part
+    self.tokens = self.tokens + part           # a new tensor: taps handed out stay as they are
 
+# %% ../nbs/13_surgery.ipynb #b0d8d683
 @patch
 def _grow(self:ValueStream, x):
+    "Tokens an edit appended join the stream as they enter"
     new = x.shape[1] - self.tokens.shape[1]
     if new < 0: raise ConfigError(f'an edit took {-new} tokens out of the sequence; the stream beside it cannot follow')
-    self.tokens = torch.cat([self.tokens, x[:, -new:]], 1)  # tokens an edit appended join the stream as they enter
+    self.tokens = torch.cat([self.tokens, x[:, -new:]], 1)

@@ -19,7 +19,8 @@ class BPETokenizer:
     def __init__(self,
         path:str|Path,      # tokenizer.json
         context_length:int, # ctx, tokens per string after padding or cutting
-        sot:int, eot:int,   # ids of start and end of text
+        sot:int,            # id of the start of a text
+        eot:int,            # id of its end
         pad:int=0,          # id behind the end
     ):
         from tokenizers import Tokenizer
@@ -52,6 +53,8 @@ class TextTower(nn.Module):
         self.eos_id = getattr(tower, 'text_eos_id', None) or getattr(tower, 'eos_id', None)
         self._common(tokenizer, tower, model)
 
+    def train(self, mode:bool=True): return super().train(False)  # frozen means frozen
+
 # %% ../nbs/11_text.ipynb #edfc85be
 @patch
 def _common(self:TextTower, tokenizer, tower, model):
@@ -59,15 +62,19 @@ def _common(self:TextTower, tokenizer, tower, model):
     self.log_scale = model.logit_scale   # open_clip keeps the logarithm
     self.requires_grad_(False).eval()
 
-@patch
-def train(self:TextTower, mode:bool=True): return nn.Module.train(self, False)  # frozen means frozen
+@patch(as_prop=True)
+def logit_scale(self:TextTower)->float:
+    "What CLIP multiplied cosines by in training: about 100 for the large ones."
+    return float(self.log_scale.exp().max())
 
 @patch(as_prop=True)
-def logit_scale(self:TextTower)->float: return float(self.log_scale.exp().max())  # what CLIP multiplied cosines by, about 100
-@patch(as_prop=True)
-def width(self:TextTower)->int: return self.token_embedding.embedding_dim
+def width(self:TextTower)->int:
+    "d, width of the tokens"
+    return self.token_embedding.embedding_dim
+
 @patch(as_prop=True)
 def joint(self:TextTower)->int:
+    "e, width of the space shared with the pictures"
     p = self.text_projection
     return self.width if p is None else p.out_features if isinstance(p, nn.Linear) else p.shape[1]
 
@@ -82,7 +89,6 @@ def tokenize(self:TextTower,
     if bad or not strings: raise ConfigError(f'the text tower wants a list of strings, got {bad[0]!r} in it' if bad else 'the text tower wants at least one string, got an empty list')
     return self.tokenizer(strings)
 
-# %% ../nbs/11_text.ipynb #1950c80d
 @patch
 def embed(self:TextTower,
     ids:Tensor, # (k ctx) token ids
@@ -90,7 +96,7 @@ def embed(self:TextTower,
     "Look the tokens up; learned prompts put their own vectors among these."
     return self.token_embedding(ids)
 
-# %% ../nbs/11_text.ipynb #e1cf9322
+# %% ../nbs/11_text.ipynb #1950c80d
 @patch
 def encode_embedded(self:TextTower,
     x:Tensor,                # (k t d) token embeddings without positions
@@ -110,9 +116,10 @@ def encode_embedded(self:TextTower,
     p = self.text_projection
     return x if p is None else p(x) if isinstance(p, nn.Linear) else x @ p
 
-# %% ../nbs/11_text.ipynb #89fa095f
+# %% ../nbs/11_text.ipynb #e1cf9322
 @patch
-def _needed(self:TextTower, ids):  # a causal tower never looks behind the end of the text
+def _needed(self:TextTower, ids):
+    "The columns up to the longest text's end, where the rest cannot matter"
     if self.attn_mask is None or self.pool_type not in ('argmax', 'eos'): return ids
     end = ids.argmax(-1) if self.pool_type == 'argmax' else (ids == self.eos_id).int().argmax(-1)
     return ids[:, :int(end.max())+1]
@@ -121,11 +128,10 @@ def _needed(self:TextTower, ids):  # a causal tower never looks behind the end o
 def encode_ids(self:TextTower,
     ids:Tensor, # (k ctx) token ids
 )->Tensor: # (k e) un-normalised features
-    "Encode ids; the padding behind the longest text is left out, which changes nothing but the time."
+    "Encode ids, without the padding that all of them have in common."
     ids = self._needed(ids)
     return self.encode_embedded(self.embed(ids), ids)
 
-# %% ../nbs/11_text.ipynb #ba4dba61
 @patch
 def encode(self:TextTower,
     strings:Sequence[str], # k sentences
@@ -145,10 +151,11 @@ class WholeTextTower(TextTower):
         nn.Module.__init__(self)
         self.tower = model.text
         self._common(tokenizer, model.text, model)
-        
+
     width, joint = None, property(lambda self: self.tower.output_dim)
     def embed(self, ids:Tensor): raise ConfigError(f'{type(self.tower).__name__} is used whole: it takes strings, not token embeddings; learned prompts need a CLIP text tower')
-    def encode_embedded(self, x:Tensor, ids:Tensor, edit:Callable|None=None): self.embed(ids)
-    def encode_ids(self, ids:Tensor)->Tensor:
+    def encode_embedded(self, x:Tensor, ids:Tensor, edit:Callable|None=None): return self.embed(ids)
+    def encode_ids(self, ids:Tensor)->Tensor: # (k ctx) -> (k e)
+        "Hand the ids to the tower as they are."
         out = self.tower(ids)
         return out[0] if isinstance(out, tuple) else out

@@ -65,7 +65,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.depth, self.width, self.heads, self.patch_size = depth, width, heads, patch_size
-        self.prefix, self.joint, self.positions = prefix, joint, positions
+        self.prefix, self.joint, self.positions, self.by_class = prefix, joint, positions, True
         self.eval()
 
     def train(self, mode:bool=True): return super().train(False)  # frozen means frozen: no dropout, whatever the head does
@@ -85,6 +85,7 @@ class OpenClipTrunk(Trunk):
         if getattr(block.attn, 'logit_scale', None) is not None: raise ConfigError('scaled cosine attention is not softmax(q k), the form everything here is built on')
         super().__init__(visual, len(visual.transformer.resblocks), visual.conv1.out_channels,
             block.attn.num_heads, ph, prefix=1, joint=None if visual.proj is None else visual.proj.shape[1])
+        self.by_class = visual.pool_type == 'tok'
 
 # %% ../nbs/10_trunk.ipynb #8e2388d2
 @patch
@@ -231,10 +232,12 @@ def attention(self:Step)->Tensor: # (b heads t t), rows add up to one
 # %% ../nbs/10_trunk.ipynb #2445008c
 @patch
 def block(self:Trunk,
-    step:Step, # one block and the sequence that enters it
+    step:Step,              # one block and the sequence that enters it
+    rows:slice=slice(None), # which tokens are wanted; the others are asked, but not carried on
 )->Tensor: # (b t d) the sequence that leaves it
     "Run one block: attention by the fused kernel (AnoVL eq. 5), then the MLP (AnoVL eq. 6), each on its residual."
-    x = step.x + step.out(F.scaled_dot_product_attention(*step.qkv()))
+    q, k, v = step.qkv()
+    x = step.x[:, rows] + step.out(F.scaled_dot_product_attention(q[:, :, rows], k, v))
     return x + self.mlp(step.layer, x)
 
 # %% ../nbs/10_trunk.ipynb #53f02640
@@ -251,19 +254,14 @@ def pool(self:Trunk,
     x:Tensor, # (b t d) output of the last block
     end:int,  # where the patches end in the sequence
 )->Tensor: # (b d)
-    "What stands for the whole picture: the class token."
-    return x[:, 0]
-
-@patch
-def pool(self:OpenClipTrunk, x:Tensor, end:int)->Tensor:
-    "The class token, or the mean patch in towers trained that way (CLIPA)."
-    return x[:, 0] if self.model.pool_type == 'tok' else x[:, 1:end].mean(1)
+    "What stands for the whole picture: the class token, or the mean patch in towers trained that way."
+    return x[:, 0] if self.by_class else x[:, 1:end].mean(1)
 
 # %% ../nbs/10_trunk.ipynb #e03376aa
 @patch
 def forward(self:Trunk,
     images:Tensor,                               # (b 3 H W) normalised pixels
-    layers:int|Sequence[int]|None=None,          # which blocks' outputs to keep, see `take_layers`
+    layers:int|Sequence[int]|None=None,          # which blocks' outputs to keep, see `take_layers`; () for the class token alone
     edit:Callable|None=None,                     # edit(x, layer) -> x; layer 0: before the pre-norm, l: before block l
     watch:Callable|Sequence[Callable]|None=None, # watch(step, x, layer), before each block; one watcher or several
     positions:str|None=None,                     # a key of `POSITIONS`; None: as the provider does
@@ -279,7 +277,7 @@ def forward(self:Trunk,
         if edit is not None: x = _edited(edit, x, layer, end)
         step = Step(self, layer, x)
         for w in watchers: w(step, x, layer)
-        x = self.block(step)
+        x = self.block(step, slice(0, 1) if layer == self.depth and layer not in keep and self.by_class else slice(None))
         if layer in keep: patches[layer], extra[layer] = x[:, self.prefix:end], x[:, end:]
     return Tokens(cls=self.pool(x, end), patches=patches, extra=extra, grid=grid, trunk=self)
 
@@ -314,6 +312,13 @@ def table(self:DinoTrunk)->Tensor: # (h w d)
     places = self.model.embeddings.position_embeddings[0, 1:]
     return places.unflatten(0, (math.isqrt(len(places)), -1))
 
+# %% ../nbs/10_trunk.ipynb #e668ed15
+def _dino_attention(block):
+    "The four projections of a block, as transformers 5 and transformers 4 name them"
+    a = block.attention
+    if hasattr(a, 'q_proj'): return a.q_proj, a.k_proj, a.v_proj, a.o_proj
+    return a.attention.query, a.attention.key, a.attention.value, a.output.dense
+
 # %% ../nbs/10_trunk.ipynb #ec53d415
 @patch
 def pre(self:DinoTrunk, x:Tensor)->Tensor: # (b t d) -> (b t d)
@@ -332,8 +337,8 @@ def qkv(self:DinoTrunk,
 )->tuple[Tensor, Tensor, Tensor]: # q, k, v, each (b heads t dh)
     "Block `layer`'s first layer norm, then its queries, keys and values."
     block = self.model.encoder.layer[layer-1]
-    y, a = block.norm1(x), block.attention
-    return tuple(proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (a.q_proj, a.k_proj, a.v_proj))
+    y = block.norm1(x)
+    return tuple(proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in _dino_attention(block)[:3])
 
 # %% ../nbs/10_trunk.ipynb #48d166b6
 @patch
@@ -343,7 +348,7 @@ def out(self:DinoTrunk,
 )->Tensor: # (b t d) the residual branch of the attention
     "Merge heads, project, scale, with block `layer`'s own weights."
     block = self.model.encoder.layer[layer-1]
-    return block.layer_scale1(block.attention.o_proj(merge_heads(z)))
+    return block.layer_scale1(_dino_attention(block)[3](merge_heads(z)))
 
 @patch
 def mlp(self:DinoTrunk,
