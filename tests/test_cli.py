@@ -389,6 +389,24 @@ def test_resume(capsys, tiny, monkeypatch):
     status, out, _ = go('predict', 'p', '--quiet', '--resume', capsys=capsys)
     assert status == 0 and not asked and len(out.splitlines()) == 6
 
+def test_resume_with_a_range_of_the_run(capsys, tiny, monkeypatch):
+    "--range auto, broken off: the second half is painted in the range of the first; killed: nothing was painted, all is done again"
+    for i in range(4): draw(f'p/{i}.png', np.full((48, 64, 3), 60*i, np.uint8))
+    words = ['predict', 'p', '--quiet', '--range', 'auto', '--maps', 'none']
+    with monkeypatch.context() as m:
+        breaking(tiny, m, 2, KeyboardInterrupt())
+        go(*words, capsys=capsys)
+    span = json.loads(Path('zsad_out/run.json').read_text())['range']
+    first = Path('zsad_out/0_overlay.png').read_bytes()
+    assert span and go(*words, '--resume', capsys=capsys)[0] == 0 and len(whole()) == 4
+    assert json.loads(Path('zsad_out/run.json').read_text())['range'] == span and Path('zsad_out/0_overlay.png').read_bytes() == first
+    assert go('predict', 'p', '--quiet', '--resume', '--maps', 'none', capsys=capsys)[0] == 2  # another choice of colours
+    with monkeypatch.context() as m:
+        m.setattr(cli.Run, 'close', lambda self: None)  # as a killed process would
+        breaking(tiny, m, 2, KeyboardInterrupt())
+        go(*words, '--out', 'killed', capsys=capsys)
+    assert (Path('killed')/'scores.csv.part').is_file() and go(*words, '--out', 'killed', '--resume', capsys=capsys)[0] == 0 and len(whole('killed')) == 4
+
 def test_resume_of_a_killed_run(capsys):
     "kill -9 leaves scores.csv.part, its last line perhaps cut"
     for i in range(3): draw(f'p/{i}.png')
@@ -465,7 +483,6 @@ def test_score_that_is_no_number(capsys, tiny, monkeypatch):
     (['predict', 'a.png', '--range', '0.8,0.3'], 'must be the smaller'),
     (['predict', 'a.png', '--weights', 'nowhere'], 'nowhere'),
     (['predict', 'a.png', '--backbone-weights', 'nowhere.pt'], 'nowhere.pt'),
-    (['predict', 'a.png', '--resume', '--range', 'auto'], 'does not go with'),
     (['bench', 'memroy'], "did you mean 'memory'"),
     (['info', '--jsno'], '--jsno'),
 ])

@@ -173,7 +173,7 @@ def features(self:AnoVL,
     plain = c.attention == 'qk'
     beside = Entering() if plain else ValueStream(c.attention, c.vv_layers, c.recursive, keep_parts)
     looks = {n: Looking() if n == 'attention_qk' else Looking(c.attention, c.vv_layers, beside if c.recursive else None) for n in attention}
-    tokens = trunk(images, layers=1, watch=(*looks.values(), *(() if plain and not keep_parts else (beside,))))
+    tokens = trunk(images, layers=1 if plain else (), watch=(*looks.values(), *(() if plain and not keep_parts else (beside,))))
     rows = slice(trunk.prefix, trunk.prefix + math.prod(tokens.grid))
     final = tokens.patches[trunk.depth] if plain else beside.tokens[:, rows] - (0 if c.residual else beside.start[:, rows])
     into_joint = lambda x: trunk.project(trunk.norm(x))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'MAPS', 'PACKAGES', 'COMMANDS', 'shown', 'check_name', 'table', 'top_scores', 'csv_bytes', 'ScoreFile',
            'read_scores', 'Run', 'write_failures', 'not_meant', 'gather', 'names_for', 'read_settings', 'pick_device',
-           'load', 'colour_range', 'run_facts', 'differing', 'finished', 'open_run', 'score', 'report', 'say',
-           'summary', 'predict', 'from_one', 'predict_words', 'output_words', 'own_version', 'versions', 'list_methods',
-           'list_backbones', 'list_readers', 'list_places', 'info', 'info_words', 'find_function', 'Parser',
-           'make_parser', 'main']
+           'load', 'colour_range', 'run_facts', 'differing', 'finished', 'noted_range', 'open_run', 'score', 'report',
+           'say', 'summary', 'predict', 'from_one', 'predict_words', 'output_words', 'own_version', 'versions',
+           'list_methods', 'list_backbones', 'list_readers', 'list_places', 'info', 'info_words', 'find_function',
+           'Parser', 'make_parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #f4d0b73e
 import argparse, contextlib, csv, dataclasses, difflib, errno, io, json, math, os, shutil, sys, time
@@ -213,8 +213,10 @@ def write_failures(
 # %% ../nbs/60_cli.ipynb #b979090e
 @patch
 def paint_waiting(self:Run):
-    "Paint the overlays that waited, all in the range of the run"
+    "Paint the overlays that waited, all in the range of the run, and note the range for a run that goes on from here"
     self.span = min(w[3][0] for w in self.waiting), max(w[3][1] for w in self.waiting)
+    if (note := self.folder/'run.json').is_file():
+        write_atomic(note, (json.dumps(json.loads(note.read_text()) | dict(range=self.span), indent=1) + '\n').encode())
     for path, aside, light, _ in self.waiting:
         try: save_picture(path, dataclasses.replace(light, map=read_map(aside)).overlay(vmin=self.span[0], vmax=self.span[1]))
         except PictureError as e: self.failures.append(Failure(light.path, f'{e.reason}; {e.hint}'))
@@ -333,7 +335,7 @@ def run_facts(
     "What a later reader needs to know about the numbers of a run"
     m = detector.manifest()
     keep = {k: m[k] for k in ('version', 'method', 'preset', 'config', 'backbone')}
-    return dict(library='zsad_nb', **keep, weights=args.weights, class_name=args.class_name, maps=args.maps, range=span and list(span), threshold=args.threshold, device=str(detector.device))
+    return dict(library='zsad_nb', **keep, weights=args.weights, class_name=args.class_name, maps=args.maps, colours=args.range, range=span, threshold=args.threshold, device=str(detector.device))
 
 # %% ../nbs/60_cli.ipynb #ffd949ff
 def differing(
@@ -363,6 +365,14 @@ def finished(
     rows = read_scores(folder/'scores.csv.part') or read_scores(folder/'scores.csv')
     return [r for r in rows if all((folder/r[k]).is_file() for k in ('overlay', 'map') if r[k])]
 
+# %% ../nbs/60_cli.ipynb #283bdfc8
+def noted_range(
+    folder:str|Path, # results of an earlier run
+) -> tuple|None: # None if there is none
+    "The range of colours in which an earlier run painted its overlays"
+    try: return tuple(json.loads((Path(folder)/'run.json').read_text())['range'])
+    except (OSError, ValueError, KeyError, TypeError): return None
+
 # %% ../nbs/60_cli.ipynb #9ac2cc30
 def open_run(
     args:argparse.Namespace, # what `zsad predict` was told
@@ -371,7 +381,7 @@ def open_run(
 ) -> Run: # with the rows of an earlier run, if asked for
     "Make the folder of results, with `run.json` in it"
     facts = run_facts(args, detector, span)
-    if args.resume and span is None: raise ConfigError('--resume does not go with --range auto: the range of the run needs all its maps')
+    if args.resume and span is None: span = facts['range'] = noted_range(args.out)
     run = Run(args.out, span, args.maps, args.threshold, finished(args.out, facts) if args.resume else [])
     try: write_atomic(run.folder/'run.json', (json.dumps(facts, indent=1) + '\n').encode())
     except OutputError:
@@ -417,7 +427,7 @@ def report(
         extra = [c for c, want in (('class_name', args.class_name == 'auto'), ('anomalous', args.threshold is not None)) if want]
         print(top_scores(rows, ['score', *extra, 'size', 'path'], args.top, Path(out)/'scores.csv'))
     for f in failures: say(f'failed: {shown(f.path)}: {shown(f.reason)}')
-    if stopped: say(f'stopped: {shown(stopped)}; what was finished is in {shown(out)}' + (', go on with --resume' if args.range != 'auto' else ''))
+    if stopped: say(f'stopped: {shown(stopped)}; what was finished is in {shown(out)}, go on with --resume')
     if not args.quiet and run: say(summary(run, failures, seconds))
 
 # %% ../nbs/60_cli.ipynb #d1986414
