@@ -181,6 +181,7 @@ def stage(self:Recipe, step)->tuple: # (pictures, side)
         if step<n: return batch,size
         step -= n
 
+# %% ../nbs/70_pretrain.ipynb #e9a43d01
 def rate(step, r:Recipe):
     "Learning rate factor: up over 50 steps, level, down to zero over the last 20 % of all steps"
     return min(1,(step+1)/50,(1-step/r.steps)/.2+1e-3)
