@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/60_cli.ipynb #76d0fee7
 from .types import ConfigError, Failure, OutputError, PictureError, Prediction, ZsadError
-from .pictures import _unwritable, find_pictures, output_stems, read_map, save_map, save_picture, write_atomic
+from .pictures import find_pictures, output_stems, read_map, save_map, save_picture, unwritable, write_atomic
 
 # %% ../nbs/60_cli.ipynb #5aad20db
 def shown(
@@ -107,7 +107,7 @@ def add(self:ScoreFile,
     except OSError as e:
         self.file.truncate(start)
         self.file.seek(start)
-        raise _unwritable(self.part, e) from e
+        raise unwritable(self.part, e) from e
 
 # %% ../nbs/60_cli.ipynb #af12c5f1
 @patch
@@ -122,7 +122,7 @@ def close(self:ScoreFile):
     if self.file.closed: return
     self.file.close()
     try: os.replace(self.part, self.path)
-    except OSError as e: raise _unwritable(self.path, e) from e
+    except OSError as e: raise unwritable(self.path, e) from e
 
 # %% ../nbs/60_cli.ipynb #a6f29c21
 def read_scores(

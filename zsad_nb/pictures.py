@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'MAX_PIXELS', 'FORMATS', 'EXTENSIONS', 'SHAPES', 'upright', 'to_uint8', 'to_rgb', 'read_picture',
-           'as_picture', 'find_pictures', 'output_stems', 'write_atomic', 'save_picture', 'save_map', 'read_map']
+           'as_picture', 'find_pictures', 'output_stems', 'unwritable', 'write_atomic', 'save_picture', 'save_map',
+           'read_map']
 
 # %% ../nbs/05_pictures.ipynb #7afeaaf7
 import errno, glob, io, os, secrets
@@ -227,7 +228,11 @@ _WHY = {errno.ENOSPC: ('the disk is full', 'free some space or choose another fo
         errno.EISDIR: ('a folder of that name exists', 'choose another name'), errno.ENAMETOOLONG: ('the name is too long', 'choose a shorter one'),
         **{n: ('you are not allowed to write there', 'choose another folder or change its permissions') for n in (errno.EACCES, errno.EPERM, errno.EROFS)}}
 
-def _unwritable(path, e):
+def unwritable(
+    path:str|Path, # what was to be written
+    e:OSError, # what the system said
+) -> OutputError: # one sentence, to be raised
+    "Say why a file could not be written and what to do"
     why, hint = _WHY.get(e.errno, (e.strerror or str(e), 'choose another folder'))
     return OutputError(f'{path}: cannot be written because {why}; {hint}')
 
@@ -243,7 +248,7 @@ def write_atomic(
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'xb') as f: content(f) if callable(content) else f.write(content)
         os.replace(part, path)
-    except OSError as e: raise _unwritable(path, e) from e
+    except OSError as e: raise unwritable(path, e) from e
     finally:
         with suppress(OSError): part.unlink()  # gone already when all went well
     return path
