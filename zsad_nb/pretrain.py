@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
-from .types import ConfigError
-from .synthetic import (CATEGORIES, DEFECTS, BROKEN, FRAMES, SOUND, VAGUE, kinds_for, render, say, split_categories)
+from .synthetic import CATEGORIES, VAGUE, kinds_for, render, say, split_categories
 
 # %% ../nbs/70_pretrain.ipynb #ac07667a
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Recipe:
     lr: float = 1e-3           # peak learning rate of AdamW
     decay: float = .05         # its weight decay
     spell: float = .05         # chance that a word is spelled out for the text tower
-    bf16: bool = True          # multiply in half precision (measured here: about twice as fast; slow on processors without it)
+    bf16: bool = True          # multiply in half precision: quicker where the processor has it, slow where it has not
     seed: int = 0              # of weights, pictures and order
 
 # %% ../nbs/70_pretrain.ipynb #f8867a0e

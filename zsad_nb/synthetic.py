@@ -20,7 +20,6 @@ import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 import numpy as np
-from fastcore.basics import patch
 from .types import Sample, ConfigError
 
 # %% ../nbs/02_synthetic.ipynb #1c352bb6
@@ -683,7 +682,7 @@ def mosaic(
     "A figure of things (rows) under flaws (columns), masks outlined"
     from zsad_nb.viz import show_pictures
     rows = [[render(c,1,start,d,size=size) for d in defects] for c in categories]
-    caps = [[f'{c.replace("_"," ")}: {d}' if d else c.replace('_',' ') for d in defects] for c in categories]
+    caps = [[d or c.replace('_',' ') for d in defects] for c in categories]
     return show_pictures([[b.images[0] for b in r] for r in rows],captions=caps,masks=[[b.masks[0] if b.masks.any() else None for b in r] for r in rows],title=title,panel=1.05)
 
 # %% ../nbs/02_synthetic.ipynb #8b874201
