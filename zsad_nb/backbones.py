@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'BACKBONES', 'DINO', 'Backbone', 'Spec', 'find_spec', 'find_cached', 'is_cached', 'reachable', 'fetch',
-           'find_weights', 'read_state', 'fit', 'load_backbone']
+           'find_weights', 'read_state', 'read_plain', 'fit', 'load_backbone']
 
 # %% ../nbs/12_backbones.ipynb #fe166f5b
 import hashlib, json, os, re, threading
@@ -268,7 +268,7 @@ def read_state(
         with open(path, 'rb') as f: head = f.read(64)
     except OSError as e: raise WeightsError(f'cannot read {path}: {e.strerror}') from e
     if what := _looks_like(path, head): raise WeightsError(f'{path} is {what}')
-    state = _read_safetensors(path) if head[8:9] == b'{' else _read_openai(path) if _is_program(path) else _read_torch(path)
+    state = _read_safetensors(path) if head[8:9] == b'{' else _read_openai(path) if _is_program(path) else read_plain(path)
     for key in ('state_dict', 'model'):
         if isinstance(state.get(key), dict): state = state[key]
     state = {k.removeprefix('module.'): v for k, v in state.items() if isinstance(v, Tensor)}
@@ -282,8 +282,12 @@ def _read_safetensors(path):
     try: return load_file(path)
     except SafetensorError as e: raise WeightsError(f'{path} is a damaged or truncated safetensors file ({e}): fetch it again') from e
 
-def _read_torch(path):
+def read_plain(
+    path:str|Path, # a file written by torch.save
+)->dict: # tensors, numbers, strings, lists and dicts of them
+    "Read a torch file without running any code in it. Raises `WeightsError`."
     import pickle
+    if not Path(path).is_file(): raise WeightsError(f'no weights at {path}: no such file')
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e: raise WeightsError(f'{path} is no plain file of tensors: either it is damaged, or a pickle that could run code; it is refused, save its state_dict as safetensors') from e
     except Exception as e: raise WeightsError(f'{path} is damaged, truncated or no checkpoint at all ({type(e).__name__}): fetch it again') from e

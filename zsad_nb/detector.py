@@ -114,6 +114,8 @@ class Detector(nn.Module):
     presets: ClassVar[dict[str, Config]] = {}   # named settings: 'paper', 'released', 'recommended'
     default_preset: ClassVar[str] = ''
     extra_names: ClassVar[dict[str, str]] = {}  # what `extras` can be asked for: {name: shape and meaning}
+    learns: ClassVar[bool] = False              # has weights that mean nothing before training
+    checkpointing: bool = False                 # in training, save memory by computing the trunk's blocks twice
 
     def __init__(self,
         cfg:Config|str|None=None,           # settings, the name of a preset, or None for the default preset
@@ -162,8 +164,8 @@ def device(self:Detector) -> torch.device:
 
 @patch(as_prop=True)
 def preset(self:Detector) -> str|None:
-    "Name of the preset in use, None for settings of one's own"
-    return next((k for k, v in self.presets.items() if v == self.cfg), None)
+    "Name of the preset in use, None for settings of one's own; the input size may be any"
+    return next((k for k, v in self.presets.items() if replace(v, image_size=self.cfg.image_size) == self.cfg), None)
 
 @patch
 def _apply(self:Detector, fn, recurse=True):
@@ -520,7 +522,7 @@ def explain(self:Detector,
     return Explanation(p, point, {n: p.extras[n] for n in by})
 
 # %% ../nbs/23_detector.ipynb #0262745b
-METHODS = {'anovl': 'zsad_nb.anovl:AnoVL'}   # name -> where it lives; a method is imported when it is asked for
+METHODS = {'anovl': 'zsad_nb.anovl:AnoVL', 'visualad': 'zsad_nb.visualad:VisualAD'}   # name -> where it lives; a method is imported when it is asked for
 
 def find_method(
     name:str, # key of `METHODS`

@@ -99,6 +99,11 @@ def first(self:OpenClipTrunk)->Tensor: # (1 prefix d)
     return (self.model.class_embedding + self.model.positional_embedding[0])[None, None]
 
 @patch
+def class_place(self:OpenClipTrunk)->Tensor: # (d)
+    "The position of the class token, for tokens that join it."
+    return self.model.positional_embedding[0]
+
+@patch
 def table(self:OpenClipTrunk)->Tensor: # (h w d)
     "The learned positions of the patches."
     return self.model.positional_embedding[1:].unflatten(0, self.model.grid_size)
@@ -136,10 +141,15 @@ def pre(self:OpenClipTrunk, x:Tensor)->Tensor: # (b t d) -> (b t d)
     "CLIP's norm before the first block."
     return self.model.ln_pre(x)
 
+@patch(as_prop=True)
+def last_norm(self:OpenClipTrunk)->nn.Module:
+    "CLIP's `ln_post`."
+    return self.model.ln_post
+
 @patch
-def norm(self:OpenClipTrunk, x:Tensor)->Tensor: # (... d) -> (... d)
-    "CLIP's norm after the last block, which the papers also put on tapped tokens."
-    return self.model.ln_post(x)
+def norm(self:Trunk, x:Tensor)->Tensor: # (... d) -> (... d)
+    "The norm after the last block, which the papers also put on tapped tokens."
+    return self.last_norm(x)
 
 # %% ../nbs/10_trunk.ipynb #d8839f4a
 @patch
@@ -257,6 +267,13 @@ def pool(self:Trunk,
     "What stands for the whole picture: the class token, or the mean patch in towers trained that way."
     return x[:, 0] if self.by_class else x[:, 1:end].mean(1)
 
+# %% ../nbs/10_trunk.ipynb #0013e578
+@patch
+def _again(self:Trunk, layer, x, rows):
+    "Run a block so that only what enters it is kept for the way back"
+    from torch.utils.checkpoint import checkpoint
+    return checkpoint(lambda x: self.block(Step(self, layer, x), rows), x, use_reentrant=False)
+
 # %% ../nbs/10_trunk.ipynb #e03376aa
 @patch
 def forward(self:Trunk,
@@ -265,6 +282,7 @@ def forward(self:Trunk,
     edit:Callable|None=None,                     # edit(x, layer) -> x; layer 0: before the pre-norm, l: before block l
     watch:Callable|Sequence[Callable]|None=None, # watch(step, x, layer), before each block; one watcher or several
     positions:str|None=None,                     # a key of `POSITIONS`; None: as the provider does
+    recompute:bool=False,                        # in training: keep what enters each block and compute the rest again on the way back
 )->Tokens: # class token of the last block, patches and extra tokens of the chosen ones, not yet normed
     "The one forward loop. Nothing is hooked, altered in place or kept."
     keep, patches, extra = take_layers(layers, self.depth), {}, {}
@@ -277,7 +295,8 @@ def forward(self:Trunk,
         if edit is not None: x = _edited(edit, x, layer, end)
         step = Step(self, layer, x)
         for w in watchers: w(step, x, layer)
-        x = self.block(step, slice(0, 1) if layer == self.depth and layer not in keep and self.by_class else slice(None))
+        rows = slice(0, 1) if layer == self.depth and layer not in keep and self.by_class else slice(None)
+        x = self._again(layer, x, rows) if recompute and torch.is_grad_enabled() else self.block(step, rows)
         if layer in keep: patches[layer], extra[layer] = x[:, self.prefix:end], x[:, end:]
     return Tokens(cls=self.pool(x, end), patches=patches, extra=extra, grid=grid, trunk=self)
 
@@ -307,6 +326,11 @@ def first(self:DinoTrunk)->Tensor: # (1 prefix d)
     return cls if registers is None else torch.cat([cls, registers], 1)
 
 @patch
+def class_place(self:DinoTrunk)->Tensor: # (d)
+    "The position of the class token, for tokens that join it."
+    return self.model.embeddings.position_embeddings[0, 0]
+
+@patch
 def table(self:DinoTrunk)->Tensor: # (h w d)
     "The learned positions of the patches."
     places = self.model.embeddings.position_embeddings[0, 1:]
@@ -325,10 +349,10 @@ def pre(self:DinoTrunk, x:Tensor)->Tensor: # (b t d) -> (b t d)
     "DINOv2 has no norm here."
     return x
 
-@patch
-def norm(self:DinoTrunk, x:Tensor)->Tensor: # (... d) -> (... d)
+@patch(as_prop=True)
+def last_norm(self:DinoTrunk)->nn.Module:
     "The norm after the last block."
-    return self.model.layernorm(x)
+    return self.model.layernorm
 
 @patch
 def qkv(self:DinoTrunk,
@@ -390,6 +414,12 @@ def first(self:TimmTrunk)->Tensor: # (1 prefix d)
     return tokens if m.pos_embed is None or m.no_embed_class else tokens + m.pos_embed[:, :self.prefix]
 
 @patch
+def class_place(self:TimmTrunk)->Tensor: # (d)
+    "The position of the class token, for tokens that join it; zero where it has none."
+    m = self.model
+    return torch.zeros_like(m.cls_token[0, 0]) if m.pos_embed is None or m.no_embed_class else m.pos_embed[0, 0]
+
+@patch
 def table(self:TimmTrunk)->Tensor|None: # (h w d)
     "The learned positions of the patches, if there are any."
     m = self.model
@@ -402,10 +432,10 @@ def pre(self:TimmTrunk, x:Tensor)->Tensor: # (b t d) -> (b t d)
     "The norm before the first block, in models that have one."
     return self.model.norm_pre(x)
 
-@patch
-def norm(self:TimmTrunk, x:Tensor)->Tensor: # (... d) -> (... d)
+@patch(as_prop=True)
+def last_norm(self:TimmTrunk)->nn.Module:
     "The norm after the last block."
-    return self.model.norm(x)
+    return self.model.norm
 
 @patch
 def qkv(self:TimmTrunk,
