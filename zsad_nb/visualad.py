@@ -392,7 +392,7 @@ def released_state(
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as e: raise WeightsError(f'not a VisualAD checkpoint in the released layout: {type(e).__name__} at {e}') from None
     return out
 
-# %% ../nbs/31_visualad.ipynb #4caab899
+# %% ../nbs/31_visualad.ipynb #b69c0ee1
 @patch(cls_method=True)
 def from_released(cls:VisualAD,
     path:str|Path,                 # CLIP.pth of the authors
@@ -412,7 +412,8 @@ def _with_released(cls, path, file, backbone):
     try: size, taps, m = int(file['image_size']), tuple(map(int, file['features_list'])), int(file['cross_attn_config']['num_anchors'])
     except (KeyError, TypeError, ValueError) as e: raise WeightsError(f'{path} is not a VisualAD checkpoint in the released layout: it lacks {e}') from None
     if max(taps) > backbone.trunk.depth: raise ConfigError(f'{path} taps blocks {taps}, and {backbone.name} has {backbone.trunk.depth}')
-    self = cls(VisualADConfig(image_size=size, layers=taps, anchors=m), backbone)
+    layers = 'quarters' if taps == tapped('quarters', backbone.trunk.depth) else taps
+    self = cls(VisualADConfig(image_size=size, layers=layers, anchors=m), backbone)
     try: self.load_state_dict(released_state(file, math.prod(self.grid)))
     except RuntimeError as e: raise WeightsError(f'{path} does not fit {backbone.name}: {" ".join(str(e).split())[:300]}') from None
     self.training_record = dict(data='', source=f'released checkpoint {Path(path).name}, epoch {file.get("epoch")}', categories=[])
