@@ -570,6 +570,7 @@ def info_words(
 COMMANDS = {
     'predict': ('score pictures and show where they are anomalous', 'zsad_nb.cli:predict_words', 'zsad_nb.cli:predict'),
     'eval': ('measure a method on a data set', 'zsad_nb.benchmark:add_eval_arguments', 'zsad_nb.benchmark:run_eval'),
+    'train': ('train a method on a data set', 'zsad_nb.training:train_words', 'zsad_nb.training:train'),
     'info': ('list methods, presets, backbones, data readers, versions', 'zsad_nb.cli:info_words', 'zsad_nb.cli:info'),
     'bench': ('measure speed and memory on this machine', 'zsad_nb.bench:bench_words', 'zsad_nb.bench:bench'),
 } # name -> what it does, 'module:function' that adds its words, 'module:function' that runs it
