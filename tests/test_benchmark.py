@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from zsad_nb.benchmark import (EvalResult, add_eval_arguments, compare, differing, evaluate, head_hash, load_result, run_config, run_eval, sweep, trained_on)
+from zsad_nb.benchmark import (EvalResult, add_eval_arguments, compare, evaluate, head_hash, load_result, run_config, run_eval, sweep, trained_on)
 from zsad_nb.benchmarks_data import BENCHMARKS
 from zsad_nb.datasets import Folder, Synthetic, from_samples, load_dataset
 from zsad_nb.detector import Config, Detector
 from zsad_nb.metrics import image_metrics, pixel_metrics
 from zsad_nb.papers import PROTOCOLS, papers_numbers
 from zsad_nb.synthetic import render, samples
-from zsad_nb.types import ConfigError, OutputError, Raw, shared_dir
+from zsad_nb.types import ConfigError, OutputError, Raw, differing, shared_dir
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'MAPS', 'PACKAGES', 'COMMANDS', 'shown', 'check_name', 'table', 'top_scores', 'csv_bytes', 'ScoreFile',
            'read_scores', 'Run', 'write_failures', 'not_meant', 'gather', 'names_for', 'read_settings', 'pick_device',
-           'load', 'colour_range', 'run_facts', 'differing', 'finished', 'noted_range', 'open_run', 'score', 'report',
-           'say', 'summary', 'predict', 'from_one', 'predict_words', 'output_words', 'own_version', 'versions',
-           'list_methods', 'list_backbones', 'list_readers', 'list_places', 'info', 'info_words', 'find_function',
-           'Parser', 'make_parser', 'main']
+           'load', 'colour_range', 'run_facts', 'finished', 'noted_range', 'open_run', 'score', 'report', 'say',
+           'summary', 'predict', 'from_one', 'predict_words', 'output_words', 'own_version', 'versions', 'list_methods',
+           'list_backbones', 'list_readers', 'list_places', 'info', 'info_words', 'find_function', 'Parser',
+           'make_parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #f4d0b73e
 import argparse, contextlib, csv, dataclasses, difflib, errno, io, json, math, os, shutil, sys, time
@@ -18,7 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% ../nbs/60_cli.ipynb #76d0fee7
-from .types import ConfigError, Failure, OutputError, PictureError, Prediction, ZsadError
+from .types import ConfigError, Failure, OutputError, PictureError, Prediction, ZsadError, differing
 from .pictures import find_pictures, output_stems, read_map, save_map, save_picture, unwritable, write_atomic
 
 # %% ../nbs/60_cli.ipynb #5aad20db
@@ -337,19 +337,6 @@ def run_facts(
     keep = {k: m[k] for k in ('version', 'method', 'preset', 'config', 'backbone')}
     return dict(library='zsad_nb', **keep, weights=args.weights, class_name=args.class_name, maps=args.maps, colours=args.range, range=span, threshold=args.threshold, device=str(detector.device))
 
-# %% ../nbs/60_cli.ipynb #ffd949ff
-def differing(
-    a:dict, # settings, nested
-    b:dict, # other settings
-) -> list[str]: # names of what differs: 'config.sigma'
-    "Name the settings in which two runs differ"
-    found = []
-    for k in {**a, **b}:
-        x, y = a.get(k), b.get(k)
-        if isinstance(x, dict) and isinstance(y, dict): found += [f'{k}.{d}' for d in differing(x, y)]
-        elif x != y: found.append(k)
-    return found
-
 # %% ../nbs/60_cli.ipynb #24ff00c1
 def finished(
     folder:str|Path, # results of an earlier run
@@ -360,7 +347,7 @@ def finished(
     try: before = json.loads((folder/'run.json').read_text())
     except FileNotFoundError: return []
     except ValueError: raise ConfigError(f'{shown(folder/"run.json")} is damaged: run without --resume') from None
-    other = [d for d in differing(before, json.loads(json.dumps(facts))) if d != 'device']
+    other = differing(before, json.loads(json.dumps(facts)), free=['device'])
     if other: raise ConfigError(f'{shown(folder)} was made with other settings ({", ".join(other)} differ): run without --resume, or choose another --out')
     rows = read_scores(folder/'scores.csv.part') or read_scores(folder/'scores.csv')
     return [r for r in rows if all((folder/r[k]).is_file() for k in ('overlay', 'map') if r[k])]
@@ -583,6 +570,7 @@ def info_words(
 COMMANDS = {
     'predict': ('score pictures and show where they are anomalous', 'zsad_nb.cli:predict_words', 'zsad_nb.cli:predict'),
     'eval': ('measure a method on a data set', 'zsad_nb.benchmark:add_eval_arguments', 'zsad_nb.benchmark:run_eval'),
+    'train': ('train a method on a data set', 'zsad_nb.training:train_words', 'zsad_nb.training:train'),
     'info': ('list methods, presets, backbones, data readers, versions', 'zsad_nb.cli:info_words', 'zsad_nb.cli:info'),
     'bench': ('measure speed and memory on this machine', 'zsad_nb.bench:bench_words', 'zsad_nb.bench:bench'),
 } # name -> what it does, 'module:function' that adds its words, 'module:function' that runs it

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZsadError', 'PictureError', 'OutputError', 'WeightsError', 'ConfigError', 'Failure', 'PicturesFailed', 'Tokens',
-           'Raw', 'Sample', 'Prediction', 'Predictions', 'shared_dir']
+           'Raw', 'Sample', 'Prediction', 'Predictions', 'differing', 'in_words', 'shared_dir']
 
 # %% ../nbs/00_types.ipynb #01264a32
 import html, math, os
@@ -311,6 +311,31 @@ def show(self:Predictions, first:int=8):
     some = self[:first]
     return show_maps([p.picture for p in some], [p.map for p in some], titles=[f'{p.score:.3f}' for p in some],
                      vmin=min(p.map_range[0] for p in some), vmax=max(p.map_range[1] for p in some))
+
+# %% ../nbs/00_types.ipynb #df7628cc
+def _flat(d, free, head=''):
+    "A nested dict as {'a.b.c': value}"
+    out = {}
+    for k, v in d.items():
+        name = f'{head}{k}'
+        if name not in free: out.update(_flat(v, free, name + '.') if isinstance(v, dict) else {name: v})
+    return out
+
+def differing(
+    a:dict, # settings, nested
+    b:dict, # other settings
+    free=(), # dotted names that may differ
+) -> dict: # {dotted name: (value in a, value in b)}
+    "The settings in which two runs differ"
+    x, y = _flat(a, free), _flat(b, free)
+    return {k: (x.get(k), y.get(k)) for k in [*x, *(k for k in y if k not in x)] if x.get(k) != y.get(k)}
+
+def in_words(
+    d:dict, # what `differing` gave
+    most:int=6, # name at most so many
+) -> str:
+    "The differences as part of a sentence"
+    return '; '.join(f'{k} was {x!r}, now {y!r}' for k, (x, y) in list(d.items())[:most]) + (f' and {len(d) - most} more' if len(d) > most else '')
 
 # %% ../nbs/00_types.ipynb #5d930b9c
 def shared_dir() -> Path|None: # None when there is none
