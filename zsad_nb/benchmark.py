@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'FREE', 'Meter', 'usable_mask', 'at_one_size', 'CategoryResult', 'measure', 'head_hash', 'run_config',
-           'trained_on', 'Store', 'EvalResult', 'load_result', 'evaluate', 'SweepResult', 'sweep', 'compare',
+           'trained_on', 'Store', 'EvalResult', 'load_result', 'evaluate', 'SweepResult', 'sweep', 'trained', 'compare',
            'add_eval_arguments', 'read_sweep', 'run_eval']
 
 # %% ../nbs/41_benchmark.ipynb #0f3aeb4c
@@ -554,6 +554,7 @@ def _settings(method, field, values, preset):
 def _place(folder, field, value, seed): return Path(folder)/quote(f'{field or "run"}={value}, seed {seed}', safe=' =,.()') if folder else None
 
 def _make(method, cfg, backbone, seed): # a detector without training
+    if method.learns: raise ConfigError(f'{method.__name__} means nothing before training: say make=trained(...), or give weights')
     names = [f.name for f in fields(cfg)]
     return method(replace(cfg, seed=seed) if 'seed' in names else cfg, backbone)
 
@@ -583,6 +584,26 @@ def sweep(
         data, place = dataset(seed) if callable(dataset) else dataset, _place(folder, field, value, seed)
         runs.append((value, seed, evaluate(detector, data, seed=seed, folder=place, **(options or {}))))
     return SweepResult(field, runs)
+
+# %% ../nbs/41_benchmark.ipynb #0059a8c9
+def trained(
+    method, # a `Detector` class that learns, or its name: 'visualad'
+    data, # labelled pictures to train on, or a function of the seed that gives them
+    recipe=None, # a `TrainConfig` or its name, its seed replaced by the run's; None: the recipe of the preset
+    folder:str|Path|None=None, # keeps the trained heads, one folder each; None: they are trained every time
+    progress:bool=False, # a bar for every training
+) -> Callable: # (cfg, backbone, seed) -> detector, for `sweep`
+    "A maker of trained detectors"
+    from zsad_nb.detector import find_method
+    from zsad_nb.training import find_recipe, fit
+    method = find_method(method) if isinstance(method, str) else method
+    def make(cfg, backbone, seed):
+        new = method(cfg, backbone).fresh(seed)
+        own = replace(find_recipe(recipe, new), seed=seed)
+        name = hashlib.sha256(json.dumps([new.manifest()['config'], own.to_dict()]).encode()).hexdigest()[:12]
+        fit(new, data(seed) if callable(data) else data, own, folder and Path(folder)/f'{name} seed {seed}', progress=progress)
+        return new.eval()
+    return make
 
 # %% ../nbs/41_benchmark.ipynb #e2a07e4a
 _METRICS = {('image', 'AUROC'): 'image_auroc', ('image', 'AP'): 'image_ap', ('image', 'AUPR'): 'image_aupr', ('image', 'F1-max'): 'image_f1max',
@@ -720,7 +741,7 @@ def _measure_words(args):
     device, data = _device(args.device), _eval_data(args)
     if not name and args.seeds == 1: return evaluate(load_detector(args.method, args.preset, args.backbone, args.weights).to(device), data, folder=place, **_eval_options(args))
     make, preset, backbone = None, args.preset, args.backbone or 'tiny'
-    if args.weights:
+    if args.weights or method.learns:
         head = load_detector(args.method, args.preset, args.backbone, args.weights)
         make, preset, backbone = _with_head(head), head.cfg, head.backbone
     return sweep(method, name, values, lambda s: _eval_data(args, s) if args.data == 'synthetic' else data,
@@ -730,7 +751,7 @@ def _measure_words(args):
 def _with_head(head):
     "A maker of detectors that carry a saved head under changed settings"
     def make(cfg, backbone, seed):
-        new = _make(type(head), cfg, backbone, seed)
+        new = type(head)(cfg, backbone) if head.learns else _make(type(head), cfg, backbone, seed)
         try: new.load_state_dict(head.state_dict())
         except RuntimeError: raise ConfigError(f'the saved head does not fit {", ".join(head.cfg.differs(cfg))}: this setting needs a head trained for it') from None
         new.training_record = head.training_record

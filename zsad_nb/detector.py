@@ -118,7 +118,6 @@ class Detector(nn.Module):
     checkpointing: bool = False                 # training: compute the trunk's activations again instead of keeping them
     extra_names: ClassVar[dict[str, str]] = {}  # what `extras` can be asked for: {name: shape and meaning}
     learns: ClassVar[bool] = False              # has weights that mean nothing before training
-    checkpointing: bool = False                 # in training, save memory by computing the trunk's blocks twice
 
     def __init__(self,
         cfg:Config|str|None=None,           # settings, the name of a preset, or None for the default preset
