@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'CARD', 'Settings', 'Config', 'Detector', 'name_list', 'finish_map', 'Source', 'list_sources', 'ahead',
            'batches', 'Parts', 'Explanation', 'find_method', 'saved_folder', 'read_manifest', 'check_backbone',
-           'read_head', 'load_detector']
+           'read_head', 'untrained', 'load_detector']
 
 # %% ../nbs/23_detector.ipynb #5696014a
-import importlib, inspect, io, json, linecache, os, re, textwrap, time, tokenize
+import importlib, inspect, io, json, linecache, os, re, textwrap, time, tokenize, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +174,11 @@ def _apply(self:Detector, fn, recurse=True):
     super(Detector, self)._apply(fn, recurse)   # `.to`, `.cuda`, `.float` all come through here
     for m in self._frozen.values(): m._apply(fn)
     return self
+
+@patch(as_prop=True)
+def ready(self:Detector) -> bool:
+    "Is there nothing to train, or was it trained?"
+    return not self.learns or self.training_record is not None
 
 @patch
 def __repr__(self:Detector):
@@ -423,6 +428,7 @@ def predict(self:Detector,
 ) -> Predictions:
     "Score and locate anomalies in pictures; PicturesFailed carries the finished predictions"
     if on_error not in ('raise', 'skip'): raise ConfigError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    if not self.ready: warnings.warn(untrained(self), stacklevel=2)
     done, failures = [], []
     for a in self.stream(pictures, class_names, batch_size, progress, extras):
         (failures if isinstance(a, Failure) else done).append(a)
@@ -696,15 +702,27 @@ def push_to_hub(self:Detector,
         return str(api.upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(tmp), commit_message=f'{type(self).__name__} by zsad_nb'))
 
 # %% ../nbs/23_detector.ipynb #6d232aa9
+def untrained(
+    detector:Detector, # one whose head was never trained
+) -> str: # a sentence
+    "Say that a head means nothing yet, and what to do"
+    m, shipped = detector.method, 'the default preset on tiny comes with one; ' if detector.learns else ''
+    return (f"there is no trained head for {m} with {'preset ' + repr(detector.preset) if detector.preset else 'these settings'} on {detector.backbone.name}: {shipped}"
+            f"train one (zsad train --method {m} --data ... --out DIR) and give its folder as weights")
+
 def load_detector(
     method:str='anovl',                  # key of `METHODS`
     preset:str|None=None,                # None: the method's default, or what the weights were saved with
     backbone:'str|nn.Module|None'=None,  # None: 'tiny', or the one the weights were made with
     weights:str|Path|None=None,          # folder or repository of a saved detector
+    trained:bool=True,                   # refuse a head that was never trained
 ) -> Detector:
-    "Make a detector from names; ConfigError for an unknown method or preset, or a preset that contradicts the weights"
+    "Make a detector from names; ConfigError for an unknown method or preset, a preset that contradicts the weights, or a head that was never trained"
     cls = find_method(method)
-    if weights is None: return cls(preset, 'tiny' if backbone is None else backbone)
+    if weights is None:
+        self = cls(preset, 'tiny' if backbone is None else backbone)
+        if trained and not self.ready: raise ConfigError(untrained(self))
+        return self
     self = cls.from_pretrained(weights, backbone)
     if preset is not None and (d := self.cfg.differs(cls.settings(preset))):
         raise ConfigError(f'the weights were saved with other settings than preset {preset!r}: {", ".join(d)} differ')
