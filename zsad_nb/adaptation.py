@@ -39,7 +39,7 @@ class AdaptConfig(Config):
     seed: int = 0                  # of random start and noise; every picture starts from the same seed
     carry_optimizer_state: bool = False # True: AdamW's moments go on from picture to picture of a class (released); False: fresh
 
-# %% ../nbs/24_adaptation.ipynb #f485c221
+# %% ../nbs/24_adaptation.ipynb #aefb838c
 CHOICES = dict(adapter=('text', 'linear'), activation=('softmax', 'tanh'), start=('text', 'random'), unit=('none', 'linear', 'all'),
                noise_on=('adapted', 'input'), pseudo=('tfa', 'entropy')) # field -> what it may say
 
@@ -51,9 +51,9 @@ def __post_init__(self:AdaptConfig):
     for name in ('adapt', 'seed'):
         v = getattr(self, name)
         if isinstance(v, bool) or not isinstance(v, int) or v < 0: raise ConfigError(f'{name} must be a whole number from 0, got {v!r}')
-    for name in ('noise_std', 'lr', 'weight_decay'):
-        if not getattr(self, name) >= 0: raise ConfigError(f'{name} must not be negative, got {getattr(self, name)!r}')
-    if not self.mix > 0: raise ConfigError(f'mix must be above 0, got {self.mix!r}')
+    for name in ('mix', 'noise_std', 'lr', 'weight_decay'):
+        v = getattr(self, name)
+        if not isinstance(v, (int, float)) or not v >= 0 or (name == 'mix' and v == 0): raise ConfigError(f'{name} must be a number {"above" if name == "mix" else "from"} 0, got {v!r}')
     if self.adapter == 'linear' and self.start == 'text': raise ConfigError("adapter='linear' knows no text: it needs start='random'")
     if not (self.loss_d or self.loss_p): raise ConfigError('loss_d and loss_p are both off: there is nothing to adapt to')
 
