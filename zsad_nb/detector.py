@@ -178,8 +178,9 @@ def device(self:Detector) -> torch.device:
 
 @patch(as_prop=True)
 def preset(self:Detector) -> str|None:
-    "Name of the preset in use, None for settings of one's own"
-    return next((k for k, v in self.presets.items() if v == self.cfg), None)
+    "Name of the preset in use, None for settings of one's own; the input size and the seed may be any"
+    free = {k: getattr(self.cfg, k) for k in ('image_size', 'seed') if hasattr(self.cfg, k)}
+    return next((k for k, v in self.presets.items() if replace(v, **free) == self.cfg), None)
 
 @patch
 def _apply(self:Detector, fn, recurse=True):
