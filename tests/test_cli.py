@@ -22,7 +22,7 @@ def tiny():
 def place(tmp_path, monkeypatch, tiny):
     "A folder to work in; `zsad predict` there gets the shared detector unless it asks for something else"
     load = zsad_nb.detector.load_detector
-    plain = lambda method='anovl', preset=None, backbone=None, weights=None: tiny if (preset, backbone, weights) == (None,)*3 else load(method, preset, backbone, weights)
+    plain = lambda method='anovl', *words: load(method, *words) if any(w is not None for w in words) else tiny
     monkeypatch.setattr(zsad_nb.detector, 'load_detector', plain)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -510,10 +510,33 @@ def test_info(capsys):
     status, out, _ = go('info', capsys=capsys)
     assert status == 0 and 'released' in out and 'ViT-L-14-336' in out
 
+def test_adapt_and_seed(capsys, place):
+    for i in range(2): draw(f'{i}.png', np.random.default_rng(i).integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    def run(out, *words):
+        status, _, err = go('predict', '*.png', '--out', out, '--set', 'prompt_level=base', '--set', 'start=random', '--set', 'lr=.1', *words, capsys=capsys)
+        assert status == 0, err
+        return np.load(place/out/'0_map.npy'), [r['score'] for r in cli.read_scores(place/out/'scores.csv')], json.loads((place/out/'run.json').read_text())['config']
+    plain, again, other, free = run('a', '--adapt', 5, '--seed', 0), run('b', '--adapt', 5, '--seed', 0, '--batch-size', 1), run('c', '--adapt', 5, '--seed', 1), run('d')
+    assert (plain[2]['adapt'], plain[2]['seed'], free[2]['adapt']) == (5, 0, 0)
+    np.testing.assert_allclose(plain[0], again[0], atol=1e-5)
+    assert np.abs(plain[0] - other[0]).max() > 1e-5 and np.abs(plain[0] - free[0]).max() > 1e-5
+    np.testing.assert_allclose(plain[1], free[1], atol=1e-6)   # the map never enters the image score
+
+def test_adapt_a_method_that_cannot(capsys, monkeypatch):
+    from zsad_nb.anovl import AnoVL
+    from zsad_nb.detector import Config
+    monkeypatch.setattr(AnoVL, 'presets', {'recommended': Config()}); monkeypatch.setattr(AnoVL, 'Config', Config)
+    draw('a.png')
+    for words, said in ((('--adapt', 5), 'does not adapt to pictures'), (('--seed', 1), 'a seed means nothing')):
+        status, out, err = go('predict', 'a.png', *words, capsys=capsys)
+        assert status == 2 and len(err) == 1 and said in err[0]
+    status, out, err = go('predict', 'a.png', '--adapt', '-1', capsys=capsys)
+    assert status == 2 and 'number from 0' in err[0]
+
 def test_bench_gives_rows(capsys):
     status, out, _ = go('bench', 'forward', '--backbone', 'tiny', '--batches', 1, '--repeats', 1, '--json', capsys=capsys)
     d = json.loads(out)
-    assert status == 0 and d['machine']['torch'] and [r['unit'] for r in d['rows']] == ['s', 's', 'x'] and d['rows'][2]['value'] > 0
+    assert status == 0 and d['machine']['torch'] and [r['unit'] for r in d['rows']] == ['s']*4 + ['x']*3 and all(r['value'] > 0 for r in d['rows'])
 
 def test_every_command_and_bench_is_there():
     from zsad_nb.bench import BENCHES

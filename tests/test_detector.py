@@ -277,3 +277,47 @@ def test_explain(tiny):
     assert d.explain(pixels(0), class_name='bolt').point == why.prediction.peak()
     with pytest.raises(ConfigError, match='outside the picture'): d.explain(pixels(0), (60, 5))
     with pytest.raises(PicturesFailed): d.explain('nowhere.png')
+
+# ---- windows
+
+@pytest.mark.parametrize('size', [(90, 60), (60, 190), (64, 64), (300, 64), (1, 40)])
+@pytest.mark.parametrize('fit', ['tiles', 'pad'])
+def test_windows_cover_the_picture_and_join(size, fit):
+    from PIL import Image
+    from zsad_nb.detector import cut, join, lay_out
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    where = lay_out(size, (64, 48), fit)
+    pixels = lambda p: torch.from_numpy(np.array(p, np.float32)).permute(2, 0, 1)
+    windows = cut(picture, where, (1, 2, 3))
+    assert all(w.size == (48, 64) for w in windows) and (fit == 'tiles' or len(windows) == 1)
+    torch.testing.assert_close(join(torch.stack([pixels(w) for w in windows]), where), pixels(picture.resize(where.size[::-1])), atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize('fit', ['tiles', 'pad'])
+def test_maps_have_the_shape_of_the_picture(fit):
+    d = Head(backbone=load_backbone('tiny', pretrained=False)).variant(fit=fit)
+    pics = [np.random.default_rng(i).integers(0, 256, (h, w, 3), np.uint8) for i, (h, w) in enumerate([(100, 150), (100, 170), (300, 100), (80, 80)])]
+    for n in (1, 4):
+        for p, a in zip(d.predict(pics, batch_size=n, progress=False), pics):
+            H, W = p.map.shape; h, w = a.shape[:2]
+            assert abs(H/W - h/w) < .02*h/w and p.layer_maps.shape[1:] == p.map.shape and np.isfinite(p.map).all()
+    square = d.predict(pics[3], progress=False)[0]; plain = d.variant(fit='stretch').predict(pics[3], progress=False)[0]
+    np.testing.assert_allclose(square.map, plain.map, atol=1e-5); assert abs(square.score - plain.score) < 1e-5
+
+def test_two_tiles_as_released():
+    "Shorter side to the input, squares left and right, overlap averaged, mean of the two scores"
+    from PIL import Image
+    d = Head(backbone=load_backbone('tiny', pretrained=False)); s = d.backbone.image_size[0]
+    a = Image.fromarray(np.random.default_rng(0).integers(0, 256, (s, s*3//2, 3), np.uint8))
+    left, right = (d.predict(a.crop((x, 0, x + s, s)), progress=False)[0] for x in (0, s//2))
+    both = d.variant(fit='tiles').predict(a, progress=False)[0]
+    np.testing.assert_allclose(both.map[:, :s//2], left.map[:, :s//2], atol=1e-5); np.testing.assert_allclose(both.map[:, s:], right.map[:, s//2:], atol=1e-5)
+    np.testing.assert_allclose(both.map[:, s//2:s], (left.map[:, s//2:] + right.map[:, :s//2])/2, atol=1e-5)
+    assert abs(both.score - (left.score + right.score)/2) < 1e-5
+
+def test_extras_speak_of_one_window():
+    d = load_detector('anovl').variant(fit='tiles')
+    with pytest.raises(ConfigError, match='one window'): d.predict(np.zeros((60, 90, 3), np.uint8), extras=('similarity',))
+
+def test_asking_a_method_without_adaptation():
+    with pytest.raises(ConfigError, match='does not adapt to pictures'): Head.settings(None).adapting(5)
+    assert load_detector('anovl', adapt=5, seed=3).cfg.adapt == 5

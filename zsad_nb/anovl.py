@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../nbs/30_anovl.ipynb #69c76b8f
-from .detector import Config, Detector, Parts, name_list
+from .adaptation import AdaptConfig, Adapter, PAPER, RELEASED
+from .detector import Detector, Parts, name_list
 from .prompts import ABNORMAL_STATES, LEVELS, NORMAL_STATES, PromptSet, mean_shares, mean_text, pick_domain, state_prompts
 from .scoring import contrast, cosine, reach, secant, to_grid
 from .surgery import KINDS, ValueStream
@@ -42,8 +43,8 @@ class Looking:
 
 # %% ../nbs/30_anovl.ipynb #979c4f4e
 @dataclass(frozen=True)
-class AnoVLConfig(Config):
-    "Settings of AnoVL's training-free part; the defaults are the released code with one view"
+class AnoVLConfig(AdaptConfig):
+    "Settings of AnoVL; the defaults are training-free, the released code with one view"
     attention: str = 'vv'              # what feeds the patches: 'vv' AnoVL eq. 7; 'qq', 'kk', 'v' variants; 'qk' plain CLIP (AnoVL table 3)
     vv_layers: int|tuple|None = None   # blocks that feed them: None all (released), 1 the last, a list those (AnoVL table 3)
     residual: bool = True              # the stream keeps the tokens it starts from (released); False: only what attention adds (as MaskCLIP)
@@ -73,22 +74,25 @@ def __post_init__(self:AnoVLConfig):
 
 # %% ../nbs/30_anovl.ipynb #6c99340c
 class AnoVL(Detector):
-    "AnoVL without training: CLIP's class token scores the picture, V-V patches locate, sentences say what is normal"
+    "AnoVL: CLIP's class token scores the picture, V-V patches locate, sentences say what is normal; `adapt` fits the map to each picture"
     method, Config, default_preset = 'anovl', AnoVLConfig, 'recommended'
     presets = {'recommended': AnoVLConfig(),
-               'released': AnoVLConfig(views=22),
-               'paper': AnoVLConfig(recursive=True, box=1)}
+               'released': AnoVLConfig(views=22, **RELEASED), 'released_tta': AnoVLConfig(views=22, adapt=5, **RELEASED),
+               'paper': AnoVLConfig(recursive=True, box=1, **PAPER), 'paper_tta': AnoVLConfig(recursive=True, box=1, adapt=5, **PAPER)}
     extra_names = {
         'similarity': '(h w 2) cosine of each patch to the normal and the abnormal text',
         'attention': '(l t t) attention of the patch stream in each block, mean over heads',
         'attention_qk': '(l t t) attention of the plain path in each block, mean over heads',
-        'parts_by_layer': 'Parts: what each block adds to the map',
+        'map_by_step': '(s h w) probability of each patch without adapter, before the first step, and after each step',
+        'loss_by_step': '(s 2) the two losses at each step',
+        'parts_by_layer': 'Parts: what each block, and the adapter, adds to the map',
         'parts_by_prompt': 'Parts: what each sentence adds to the map',
         'parts_by_state': 'Parts: what each state word adds to the map'}
     def __init__(self, cfg=None, backbone='tiny'):
         super().__init__(cfg, backbone)
         if self.backbone.text is None: raise ConfigError(f'AnoVL reads sentences, and {self.backbone.name} has no text tower: use tiny or a CLIP backbone')
         self._pairs, self._sentences = {}, OrderedDict()
+        self.carried = None   # with carry_optimizer_state: {class name: AdamW's moments}; None: every run begins anew
 
 # %% ../nbs/30_anovl.ipynb #9b92e750
 @patch
@@ -108,12 +112,12 @@ def prompts(self:AnoVL,
 def sentence_features(self:AnoVL,
     class_name:str|None=None, # name of the thing
 ) -> tuple[PromptSet, Tensor]: # the sentences and their features (k e), not normalised
-    "Sentences of a class with their features; the last eight classes are remembered"
+    "Sentences of a class with their features; the last 32 classes are remembered"
     key, kept = self._words(class_name), self._sentences
     if key not in kept:
         prompts = self.prompts(class_name)
         with torch.no_grad(): kept[key] = prompts, self.backbone.text.encode(prompts.texts)
-        while len(kept) > 8: kept.popitem(last=False)
+        while len(kept) > 32: kept.popitem(last=False)
     return kept[key]
 
 # %% ../nbs/30_anovl.ipynb #e45239bf
@@ -155,6 +159,10 @@ class Features:
     final: Tensor    # (b n d) the same patches before the last norm
     parts: dict = field(default_factory=dict)      # {name: (b n d)} what adds up to `final`, if asked for
     attention: dict = field(default_factory=dict)  # {name: (b l t t)}, if asked for
+    tokens: Tensor|None = None                     # (b n e) what is compared with the text: `patches`, or what an adapter made of them
+    adapters: list = field(default_factory=list)   # of the batch, if there are any
+
+    def __post_init__(self): self.tokens = self.patches if self.tokens is None else self.tokens
 
 class Entering:
     "A watcher that remembers what enters each block"
@@ -200,12 +208,41 @@ def forward(self:AnoVL,
     names = name_list(class_names, len(images))
     text = self.text(names)
     f = self.features(images, 'parts_by_layer' in extras, [e for e in extras if e.startswith('attention')])
-    cos = cosine(f.patches, text)
+    if self.cfg.adapt: self.adapt(f, names, text)
+    cos = cosine(f.tokens, text)
     logits = contrast(cos, self.cfg.temperature)
     maps = to_grid(logits.sigmoid(), f.grid)[:, None]   # AnoVL eq. 2
     raw = Raw(maps, self.image_logit(images, f.cls, text))
     if extras: self._explain(raw.extras, extras, f, names, text, cos, logits, images.shape[-2:])
     return raw
+
+# %% ../nbs/30_anovl.ipynb #a984cb9c
+@patch
+def adapt(self:AnoVL,
+    f:Features,                 # of b pictures; gets `tokens` and `adapters`
+    names:Sequence[str|None],   # b class names
+    text:Tensor,                # (2 e) or (b 2 e)
+):
+    "Fit an adapter to each picture and pass its patches through it"
+    c, rows = self.cfg, range(len(names))
+    groups = [slice(i, i + 1) for i in rows] if c.carry_optimizer_state else [slice(0, len(names))]
+    carried = {} if self.carried is None else self.carried
+    for g in groups:
+        some, name = list(dict.fromkeys(names[g])), names[g][0]
+        texts = torch.stack([self.sentence_features(n)[1] for n in names[g]]) if len(some) > 1 else self.sentence_features(name)[1]
+        a = Adapter(f.patches[g], texts, text if text.ndim == 2 else text[g], c, c.temperature, carried.get(name) if c.carry_optimizer_state else None)
+        f.adapters.append(a.run(c.adapt))
+        if c.carry_optimizer_state: carried[name] = a.moments()
+    f.tokens = torch.cat([a(f.patches[g]) for a, g in zip(f.adapters, groups)])
+
+# %% ../nbs/30_anovl.ipynb #9afbc1f4
+@patch
+def stream(self:AnoVL, *args, **kwargs):
+    "As for every detector; a run that carries AdamW's state works on a copy of the detector, so that nothing stays behind"
+    if not self.cfg.carry_optimizer_state or self.carried is not None: return super(AnoVL, self).stream(*args, **kwargs)
+    run = self.variant()
+    run.carried = {}
+    return super(AnoVL, run).stream(*args, **kwargs)
 
 # %% ../nbs/30_anovl.ipynb #fc9dabea
 @patch
@@ -260,12 +297,21 @@ def map_range(self:AnoVL,
 def _explain(self:AnoVL, out, extras, f, names, text, cos, logits, size): # fill the extras asked for
     out |= f.attention
     if 'similarity' in extras: out['similarity'] = cos.unflatten(1, f.grid)
+    if 'map_by_step' in extras: out['map_by_step'] = to_grid(self._walk(f, logits).sigmoid(), f.grid)
+    if 'loss_by_step' in extras: out['loss_by_step'] = torch.cat([torch.stack(a.log, 1) for a in f.adapters]) if f.adapters else logits.new_zeros(len(names), 0, 2)
     how = self.finishing(size)
     if 'parts_by_layer' in extras: out['parts_by_layer'] = self._by_layer(f, text, logits, how)
     if {'parts_by_prompt', 'parts_by_state'} & set(extras):
         parts = self._by_prompt(f, names, logits, how)
         if 'parts_by_prompt' in extras: out['parts_by_prompt'] = parts
         if 'parts_by_state' in extras: out['parts_by_state'] = [p.group('state', 'side') for p in parts]
+
+# %% ../nbs/30_anovl.ipynb #32d41126
+@patch
+def _walk(self:AnoVL, f, logits): # (b s n) logits without adapter, before the first step, after each step
+    if not f.adapters: return logits[:, None]
+    before = torch.cat([torch.stack([a.before, *a.path], 1) for a in f.adapters])
+    return torch.cat([before, logits[:, None]], 1)
 
 # %% ../nbs/30_anovl.ipynb #a191c9e5
 def open_norm(
@@ -288,18 +334,27 @@ def _by_layer(self:AnoVL, f, text, logits, how): # b times Parts
     eye = torch.eye(f.final.shape[-1], device=text.device, dtype=text.dtype)
     sides = F.normalize(text.double(), dim=-1).expand(len(logits), -1, -1)
     pull = (sides[:, 1] - sides[:, 0])@trunk.project(eye).double().T                  # (b d) the contrast, seen before the projection
-    shrink = (secant(logits)/(f.patches.norm(dim=-1)*self.cfg.temperature)).double()  # (b n) length, temperature, sigmoid
-    w = scale*pull[:, None]
+    shrink = (secant(logits)/(f.tokens.norm(dim=-1)*self.cfg.temperature)).double()   # (b n) length, temperature, sigmoid
+    kept = self._kept(f)                                                              # (b n 1) what the adapter leaves of a patch
+    w = scale*pull[:, None]*kept
     w = w - w.mean(-1, keepdim=True)                                                  # subtracting the mean of x is subtracting it here
-    maps = [(p.double()*w).sum(-1)*shrink for p in f.parts.values()] + [(pull@bias)[:, None]*shrink]
-    labels = [{'block': k} for k in (*f.parts, 'bias of the norm')]
+    maps = [(p.double()*w).sum(-1)*shrink for p in f.parts.values()] + [(pull@bias)[:, None]*kept[..., 0]*shrink]
+    if f.adapters: maps.append(((f.tokens.double() - kept*f.patches)@(sides[:, 1] - sides[:, 0])[..., None])[..., 0]*shrink)
+    labels = [{'block': k} for k in (*f.parts, 'bias of the norm', *['adapter']*bool(f.adapters))]
     return [Parts(to_grid(m, f.grid).detach().float().cpu().numpy(), labels, .5, how) for m in torch.stack(maps, 1)]
+
+# %% ../nbs/30_anovl.ipynb #2274353c
+@patch
+def _kept(self:AnoVL, f): # (b n 1), float64
+    one = torch.ones_like(f.patches[..., :1]).double()
+    if not f.adapters: return one
+    return self.cfg.mix*(one/f.patches.double().norm(dim=-1, keepdim=True) if self.cfg.unit == 'all' else one)
 
 # %% ../nbs/30_anovl.ipynb #265565a8
 @patch
 def _by_prompt(self:AnoVL, f, names, logits, how): # b times Parts
     parts = []
-    for y, s, name in zip(F.normalize(f.patches, dim=-1), logits, names):
+    for y, s, name in zip(F.normalize(f.tokens, dim=-1), logits, names):
         prompts, features = self.sentence_features(name)
         share = mean_shares(features, prompts.abnormal_rows, self.cfg.text_mean)/self.cfg.temperature
         maps = (features*share[:, None])@y.T*secant(s)   # (k n)

@@ -625,7 +625,7 @@ def _way(config, protocol, r):
     "Why the numbers of a run cannot be held against a paper's: sentences, empty when they can"
     d, data, how, aux, px = config['detector'], config['data'], config['measured'], protocol.trained_on(r.dataset), protocol.image_size
     checks = [(data['title'] == r.dataset, f'data {data["title"]}'), (d['backbone']['name'] == r.backbone, f'backbone {d["backbone"]["name"]}, not {r.backbone}'),
-        (d['preset'] in ('paper', 'released'), f"preset {d['preset'] or 'of its own'}, neither paper nor released"),
+        ((d['preset'] or '').removesuffix('_tta') in ('paper', 'released'), f"preset {d['preset'] or 'of its own'}, neither paper nor released"),
         (d['auxiliary'] == aux, f"head trained on {d['auxiliary'] or 'nothing'}, not {aux or 'nothing'}"),
         (how['resolution'] == 'model', 'measured at the size of the pictures'), (not how['limit'], f'at most {how["limit"]} pictures of each category'),
         (len(data['counts']) == data['all_categories'], f'{len(data["counts"])} of {data["all_categories"]} categories'),
@@ -677,6 +677,7 @@ def add_eval_arguments(
     p.add_argument('--preset', help="named settings of the method (default: the method's own)")
     p.add_argument('--backbone', help='see zsad info (default: tiny, which is part of the package)')
     p.add_argument('--weights', metavar='PATH', help='a saved detector: its folder, or its name on the Hugging Face hub')
+    p.add_argument('--adapt', type=int, metavar='N', help='adapt to each picture with N gradient steps, for methods that can (anovl; 5 in its paper)')
     p.add_argument('--sweep', metavar='FIELD=V1,V2', help='measure each value of one setting, such as sigma=0,2,4')
     p.add_argument('--seeds', type=int, default=1, metavar='N', help='runs with seeds 0 to N-1; for synthetic data each seed draws new pictures')
     p.add_argument('--out', metavar='PATH', help='results.csv, or a folder (which can be resumed)')
@@ -737,12 +738,13 @@ def _measure_words(args):
     from zsad_nb.detector import find_method, load_detector
     place = args.out if args.out and not str(args.out).endswith('.csv') else None
     method, (name, values) = find_method(args.method), read_sweep(args.sweep) if args.sweep else ('', [])
-    _settings(method, name, values, args.preset)                     # what can be refused is refused before anything is read
+    preset = method.settings(args.preset).adapting(args.adapt)
+    _settings(method, name, values, preset)                          # what can be refused is refused before anything is read
     device, data = _device(args.device), _eval_data(args)
-    if not name and args.seeds == 1: return evaluate(load_detector(args.method, args.preset, args.backbone, args.weights).to(device), data, folder=place, **_eval_options(args))
-    make, preset, backbone = None, args.preset, args.backbone or 'tiny'
+    if not name and args.seeds == 1: return evaluate(load_detector(args.method, args.preset, args.backbone, args.weights, args.adapt).to(device), data, folder=place, **_eval_options(args))
+    make, backbone = None, args.backbone or 'tiny'
     if args.weights or method.learns:
-        head = load_detector(args.method, args.preset, args.backbone, args.weights)
+        head = load_detector(args.method, args.preset, args.backbone, args.weights, args.adapt)
         make, preset, backbone = _with_head(head), head.cfg, head.backbone
     return sweep(method, name, values, lambda s: _eval_data(args, s) if args.data == 'synthetic' else data,
                  preset=preset, backbone=backbone, seeds=args.seeds, make=make, options=_eval_options(args), folder=place, device=device)

@@ -6,9 +6,9 @@
 __all__ = ['COLUMNS', 'MAPS', 'PACKAGES', 'COMMANDS', 'shown', 'check_name', 'table', 'top_scores', 'csv_bytes', 'ScoreFile',
            'read_scores', 'Run', 'write_failures', 'not_meant', 'gather', 'names_for', 'read_settings', 'pick_device',
            'load', 'colour_range', 'run_facts', 'finished', 'noted_range', 'open_run', 'score', 'report', 'say',
-           'summary', 'predict', 'from_one', 'predict_words', 'output_words', 'own_version', 'versions', 'list_methods',
-           'list_backbones', 'list_readers', 'list_places', 'info', 'info_words', 'find_function', 'Parser',
-           'make_parser', 'main']
+           'summary', 'predict', 'from_one', 'from_zero', 'predict_words', 'output_words', 'own_version', 'versions',
+           'list_methods', 'list_backbones', 'list_readers', 'list_places', 'info', 'info_words', 'find_function',
+           'Parser', 'make_parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #f4d0b73e
 import argparse, contextlib, csv, dataclasses, difflib, errno, io, json, math, os, shutil, sys, time
@@ -277,8 +277,8 @@ def read_settings(
         field, sign, value = word.partition('=')
         if not sign: raise ConfigError(f'--set {shown(word)}: write FIELD=VALUE, such as sigma=2')
         check_name('setting', field, [f.name for f in dataclasses.fields(config)])
-        try: new[field] = json.loads(value)
-        except ValueError: new[field] = value
+        for read in (json.loads, float, str): # float: JSON does not know .5
+            with contextlib.suppress(ValueError): new[field] = read(value); break
     return dataclasses.replace(config, **new)
 
 # %% ../nbs/60_cli.ipynb #275d1fd4
@@ -308,7 +308,7 @@ def load(
     if args.backbone_weights:
         from zsad_nb.backbones import load_backbone
         backbone = load_backbone(backbone or 'tiny', weights=args.backbone_weights)
-    return load_detector(args.method, preset, backbone, args.weights).to(device).eval()
+    return load_detector(args.method, preset, backbone, args.weights, args.adapt, args.seed).to(device).eval()
 
 # %% ../nbs/60_cli.ipynb #fb58efc8
 def colour_range(
@@ -466,6 +466,15 @@ def from_one(
     return n
 from_one.__name__ = 'number from 1' # argparse quotes it in its message
 
+def from_zero(
+    text:str, # a word of the command line
+) -> int:
+    "A whole number from 0"
+    n = int(text)
+    if n < 0: raise ValueError
+    return n
+from_zero.__name__ = 'number from 0'
+
 # %% ../nbs/60_cli.ipynb #e4fbdec2
 def predict_words(
     p:argparse.ArgumentParser, # gets the words
@@ -480,6 +489,8 @@ def predict_words(
     p.add_argument('--backbone', help='see zsad info (default: tiny, which is part of the package)')
     p.add_argument('--backbone-weights', metavar='PATH', help="weights of the backbone: a file or folder of your own")
     p.add_argument('--weights', metavar='PATH', help='a saved detector: its folder, or its name on the Hugging Face hub')
+    p.add_argument('--adapt', type=from_zero, metavar='N', help='adapt to each picture with N gradient steps, for methods that can (anovl; 5 in its paper)')
+    p.add_argument('--seed', type=from_zero, metavar='N', help='for methods that draw random numbers: the same seed gives the same result')
     p.add_argument('--device', help='cpu, cuda, mps (default: the fastest there is)')
     p.add_argument('--batch-size', type=from_one, default=8, metavar='N', help='pictures at once (default: %(default)s)')
     output_words(p)

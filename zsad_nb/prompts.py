@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'NORMAL_STATES', 'ABNORMAL_STATES', 'DOMAINS', 'TEXTURES', 'CLASS_NAMES', 'LEVELS', 'class_word',
            'put_domain', 'pick_domain', 'Prompt', 'PromptSet', 'check_words', 'state_prompts', 'mean_text',
-           'mean_shares', 'text_pair']
+           'mean_shares', 'text_pair', 'misspell', 'name_sensitivity']
 
 # %% ../nbs/20_prompts.ipynb #cb2a1dcd
 import re
@@ -182,3 +182,28 @@ def text_pair(
     import torch
     with torch.no_grad(): features = tower.encode(prompts.texts)
     return mean_text(features, prompts.abnormal_rows, mean)
+
+# %% ../nbs/20_prompts.ipynb #17e541d3
+def misspell(
+    word:str, # a name of at least three letters
+) -> dict: # {kind of slip: the word with it}
+    "The usual slips: a letter lost, doubled, two swapped, the plural, capitals; ConfigError for a word too short to mistype"
+    if len(word) < 3: raise ConfigError(f'{word!r} is too short to mistype: give at least three letters')
+    i = len(word)//2
+    return {'letter lost': word[:i] + word[i+1:], 'letter doubled': word[:i] + word[i] + word[i:], 'letters swapped': word[:i-1] + word[i] + word[i-1] + word[i+1:],
+            'plural': word + ('es' if word.endswith(('s', 'x', 'ch', 'sh')) else 's'), 'capitals': word.upper()}
+
+# %% ../nbs/20_prompts.ipynb #4ebac179
+def name_sensitivity(
+    tower:'TextTower',   # text tower of a backbone
+    name:str,            # the name you trust
+    others:dict|list,    # other names: {label: name}, or a list
+    mean:str='raw',      # see `mean_text`
+    **words,             # further words for `state_prompts`
+) -> dict: # {label: {'name', 'cosine', 'length'}}, the trusted name first
+    "How the difference of the two sides changes with the name: cosine to, and length against, that of the trusted name"
+    others = others if isinstance(others, dict) else {n: n for n in others}
+    found = {label: text_pair(tower, state_prompts(n, **words), mean) for label, n in {name: name, **others}.items()}
+    apart = {label: pair[1] - pair[0] for label, pair in found.items()}
+    trusted = apart[name]
+    return {label: dict(name={name: name, **others}[label], cosine=float(d@trusted/(d.norm()*trusted.norm())), length=float(d.norm()/trusted.norm())) for label, d in apart.items()}
