@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'captions', 'make_tokenizer', 'config_of', 'make_model', 'look', 'encode_words', 'draw_pool', 'World',
-           'made_up', 'contrastive', 'rate', 'groups_of', 'one_step', 'pretrain', 'save_backbone', 'report']
+           'made_up', 'contrastive', 'rate', 'groups_of', 'one_step', 'pretrain', 'save_backbone', 'report',
+           'train_head']
 
 # %% ../nbs/70_pretrain.ipynb #c518be0f
 import json, math, time
@@ -252,3 +253,21 @@ def report(
                 if kind=='qk': rows.append((name,'class token, image',cat,float(image_auroc(np.array([p.score for p in got]),np.array([s.label for s in own])))))
                 rows.append((name,f'{label} map, pixels',cat,float(pixel_auroc(np.stack([p.map for p in got]),np.stack([s.mask for s in own])))))
     return pd.DataFrame(rows,columns=['weights','AUROC of','category','value']).pivot_table(index='category',columns=['weights','AUROC of'],values='value',sort=False)
+
+# %% ../nbs/70_pretrain.ipynb #f2544719
+def train_head(
+    folder, # checkpoint and result go there; goes on where it stopped
+    drawn:dict=dict(per_category=250,seed=100), # which pictures of the auxiliary split
+    seed:int=0, # of weights and order
+)->Path: # the folder with config.json, model.safetensors, README.md
+    "Train and measure the head that `VisualAD()` brings along"
+    from zsad_nb.backbones import load_backbone
+    from zsad_nb.benchmark import evaluate, trained
+    from zsad_nb.datasets import Synthetic
+    from zsad_nb.training import TrainConfig, record_measured
+    from zsad_nb.visualad import VisualAD
+    recipe = TrainConfig(epochs=1,schedule='step',floor=0.,save_every=0)
+    head = trained(VisualAD,Synthetic('auxiliary',**drawn),recipe,Path(folder)/'heads',progress=True)(VisualAD.presets['tiny'],load_backbone('tiny'),seed)
+    head.training_record['drawn'] = dict(drawn,defective=.5,size=128)
+    record_measured(head,evaluate(head,Synthetic('target',40),batch_size=16))
+    return head.save_pretrained(Path(folder)/'visualad')
