@@ -226,7 +226,7 @@ def seeded(
         torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
         yield
 
-# %% ../nbs/40_training.ipynb #a0f869c0
+# %% ../nbs/40_training.ipynb #3657ca48
 def gradients(
     detector:Detector, # in training mode
     optimiser:torch.optim.Optimizer, # its gradients are set
@@ -241,7 +241,7 @@ def gradients(
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == 'bf16'): terms = detector.losses(batch)
         total = sum(terms.values())
         if not isinstance(total, Tensor) or not total.requires_grad: raise ConfigError(f'the losses of {type(detector).__name__} depend on none of its parameters')
-        values = {k: float(v) for k, v in terms.items()} | dict(total=float(total))
+        values = {k: float(v.detach()) for k, v in (terms | dict(total=total)).items()}
         if math.isfinite(values['total']): total.backward()
     what = 'loss' if not math.isfinite(values['total']) else next((f'gradient of {g.get("name") or "a group"}' for g in optimiser.param_groups for p in g['params']
                                                                   if p.grad is not None and not bool(p.grad.isfinite().all())), None)
@@ -272,7 +272,7 @@ class History:
         f = pd.DataFrame(self.rows, columns=['step', 'epoch', *self.terms, 'lr', 'seconds'])
         return f.merge(pd.DataFrame(self.checks).drop(columns='epoch'), 'left', on='step') if self.checks else f
 
-# %% ../nbs/40_training.ipynb #d3d29253
+# %% ../nbs/40_training.ipynb #76fbfc5e
 @patch
 def last(self:History, n:int=20) -> dict: # {term: mean}
     "Mean of every loss over the last steps"
@@ -282,7 +282,8 @@ def last(self:History, n:int=20) -> dict: # {term: mean}
 @patch
 def __repr__(self:History):
     done = self.rows[-1]['step'] if self.rows else 0
-    first = f'loss {History(self.rows[:20]).last()["total"]:.4g} at the beginning, {self.last()["total"]:.4g} at the end' if self.rows else 'no step yet'
+    n = max(1, min(20, len(self.rows)//4))
+    first = f'loss {History(self.rows[:n]).last()["total"]:.4g} at the beginning, {self.last(n)["total"]:.4g} at the end' if self.rows else 'no step yet'
     checks = '; '.join(f'{k} {v:.4f}' for k, v in self.checks[-1].items() if k not in ('step', 'epoch')) if self.checks else ''
     more = [*([f'last validation: {checks}'] if checks else []), *self.notes, *[f'left out: {f.path}: {f.reason}' for f in self.failures[:5]], *[f'and {len(self.failures) - 5} more left out']*(len(self.failures) > 5)]
     return '\n'.join([f'History({done} of {self.steps} steps{"" if self.finished else ", not finished"}, {first})', *(f'  {m}' for m in more)])
