@@ -438,6 +438,21 @@ def test_record_card_and_measured(make, data, tmp_path):
     assert TwoVectors.from_pretrained(tmp_path, two.backbone).training_record == json.loads(json.dumps(two.training_record))
 
 
+def test_training_again(make, data, tmp_path):
+    two = make(); quiet(two, data.filter(category='leather')); first = two.training_record['categories']
+    with pytest.raises(ConfigError, match='validation on leather'): quiet(two, data.filter(category='knit'), validate=list(data.filter(category='leather')))
+    n = itertools.count()
+    def stop(batch):
+        if next(n) == 1: raise KeyboardInterrupt
+    two.before = stop; cfg = replace(QUICK, batch_size=2)
+    quiet(two, data.filter(category='knit'), cfg, tmp_path); quiet(two, data.filter(category='knit'), cfg, tmp_path)
+    assert first == ['leather'] and two.training_record['categories'] == ['knit', 'leather'] and two.training_record['remarks'] == ['it began from a head that was trained on a small set']
+
+def test_a_saved_detector_is_not_overwritten(make, data, tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match='holds a saved detector but no checkpoint, and training would overwrite it'): quiet(make(), data, QUICK, tmp_path)
+
+
 # ---- the command
 
 @pytest.fixture
