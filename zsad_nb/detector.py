@@ -685,7 +685,7 @@ def _words(v): # a nested value as a person reads it
 def card(self:Detector) -> str:
     "The README of a saved detector"
     m = self.manifest(); t = dict(m['training'] or {}); measured = t.pop('measured', {})
-    training = '\n'.join(f'* {k}: {_words(v)}' for k, v in t.items()) if t else 'None: this detector has no trained weights.' if not self.state_dict() else 'Not recorded.'
+    training = '\n'.join(f'* {k}: {_words(v)}' for k, v in t.items() if v not in ('', [], {})) if t else 'None: this detector has no trained weights.' if not self.state_dict() else 'Not recorded.'
     training += ''.join(f'\n\n## Measured on {k}\n\n{_words(v)}' for k, v in measured.items())
     return CARD.format(name=type(self).__name__, method=m['method'], version=m['version'], preset=m['preset'] or 'of its own',
                        backbone=m['backbone']['name'], fingerprint=m['backbone']['fingerprint'], settings=self.cfg.describe(), training=training)

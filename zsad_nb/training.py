@@ -226,7 +226,7 @@ def seeded(
         torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
         yield
 
-# %% ../nbs/40_training.ipynb #a0f869c0
+# %% ../nbs/40_training.ipynb #de49f043
 def gradients(
     detector:Detector, # in training mode
     optimiser:torch.optim.Optimizer, # its gradients are set
@@ -239,9 +239,9 @@ def gradients(
     optimiser.zero_grad(set_to_none=True)
     with seeded(cfg.seed, step, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == 'bf16'): terms = detector.losses(batch)
-        total = sum(terms.values())
+        total = sum(terms.values())                                     # VisualAD eq. 13
         if not isinstance(total, Tensor) or not total.requires_grad: raise ConfigError(f'the losses of {type(detector).__name__} depend on none of its parameters')
-        values = {k: float(v) for k, v in terms.items()} | dict(total=float(total))
+        values = {k: float(v.detach()) for k, v in (terms | dict(total=total)).items()}
         if math.isfinite(values['total']): total.backward()
     what = 'loss' if not math.isfinite(values['total']) else next((f'gradient of {g.get("name") or "a group"}' for g in optimiser.param_groups for p in g['params']
                                                                   if p.grad is not None and not bool(p.grad.isfinite().all())), None)
@@ -272,7 +272,7 @@ class History:
         f = pd.DataFrame(self.rows, columns=['step', 'epoch', *self.terms, 'lr', 'seconds'])
         return f.merge(pd.DataFrame(self.checks).drop(columns='epoch'), 'left', on='step') if self.checks else f
 
-# %% ../nbs/40_training.ipynb #d3d29253
+# %% ../nbs/40_training.ipynb #76fbfc5e
 @patch
 def last(self:History, n:int=20) -> dict: # {term: mean}
     "Mean of every loss over the last steps"
@@ -282,12 +282,13 @@ def last(self:History, n:int=20) -> dict: # {term: mean}
 @patch
 def __repr__(self:History):
     done = self.rows[-1]['step'] if self.rows else 0
-    first = f'loss {History(self.rows[:20]).last()["total"]:.4g} at the beginning, {self.last()["total"]:.4g} at the end' if self.rows else 'no step yet'
+    n = max(1, min(20, len(self.rows)//4))
+    first = f'loss {History(self.rows[:n]).last()["total"]:.4g} at the beginning, {self.last(n)["total"]:.4g} at the end' if self.rows else 'no step yet'
     checks = '; '.join(f'{k} {v:.4f}' for k, v in self.checks[-1].items() if k not in ('step', 'epoch')) if self.checks else ''
     more = [*([f'last validation: {checks}'] if checks else []), *self.notes, *[f'left out: {f.path}: {f.reason}' for f in self.failures[:5]], *[f'and {len(self.failures) - 5} more left out']*(len(self.failures) > 5)]
     return '\n'.join([f'History({done} of {self.steps} steps{"" if self.finished else ", not finished"}, {first})', *(f'  {m}' for m in more)])
 
-# %% ../nbs/40_training.ipynb #7701d829
+# %% ../nbs/40_training.ipynb #61358980
 def smoothed(
     values, # one number a step
     keep:float=.9, # share of the past
@@ -299,6 +300,7 @@ def smoothed(
         out.append(mean/weight if weight else math.nan)
     return np.array(out)
 
+# %% ../nbs/40_training.ipynb #57dddd7e
 @patch
 def plot(self:History,
     terms=None,       # which losses, default all
@@ -356,7 +358,7 @@ def run_facts(
                  data=dict(run['data'], pictures=_checksum(data)), versions=run['versions'])
     return json.loads(json.dumps(facts))
 
-# %% ../nbs/40_training.ipynb #9cc8ecf0
+# %% ../nbs/40_training.ipynb #a651287f
 class Training:
     "One training: what it works on and how far it is"
     def __init__(self,
@@ -369,7 +371,8 @@ class Training:
         self.detector, self.cfg, self.folder = detector, cfg, Path(folder) if folder else None
         self.optimiser = make_optimiser(detector, cfg)
         self.data, self.notes = training_data(data)
-        self.validate = _validation(validate, self.data)
+        self.before = {k: (detector.training_record or {}).get(k) for k in ('data', 'categories')}
+        self.validate = _validation(validate, {*self.data.categories, *(self.before['categories'] or ())})
         self.pictures = Pictures(detector, self.data, cfg.cache_mb)
         self.per_epoch = len(self.data)//cfg.batch_size if not cfg.keep_last else -(-len(self.data)//cfg.batch_size)
         if not self.per_epoch: raise ConfigError(f'{len(self.data)} pictures do not fill one batch of {cfg.batch_size}: use a smaller batch_size, or keep_last=True')
@@ -382,26 +385,26 @@ class Training:
         odd = [f'{len(self.unused)} masks were not used, for instance {w}: {t}' for w, t in list(self.unused.items())[:1]]
         return History(self.rows, self.checks, self.steps, self.notes + odd, [Failure(w, t) for w, t in self.failures.items()], self.finished)
 
-# %% ../nbs/40_training.ipynb #ef6b75f3
-def _validation(validate, data):
+# %% ../nbs/40_training.ipynb #b8df3144
+def _validation(validate, seen):
     "A function of the detector that gives numbers, or None; ConfigError for categories that are trained on"
     if validate is None or (callable(validate) and not isinstance(validate, AnomalyDataset)): return validate
     other = validate if isinstance(validate, AnomalyDataset) else from_samples(validate)
-    both = sorted(set(other.categories) & set(data.categories))
+    both = sorted(set(other.categories) & seen)
     if both: raise ConfigError(f'validation on {", ".join(both[:6])}, which {"is" if len(both) == 1 else "are"} trained on, would not be zero-shot: leave them out of one of the two, or give a function of your own')
     def measure(detector):
         from zsad_nb.benchmark import evaluate
         return evaluate(detector, other, progress=False).mean.dropna().to_dict()
     return measure
 
-# %% ../nbs/40_training.ipynb #4808c473
+# %% ../nbs/40_training.ipynb #17972d32
 @patch
 def save(self:Training):
     "Write checkpoint and history, each in one move; OutputError when that fails, and then the previous checkpoint is still there"
     if self.folder is None: return
     state, buf = self.optimiser.state_dict() if not self.finished else None, io.BytesIO()
     torch.save(dict(head=dict(self.detector.state_dict()), optimiser=state, step=self.step, finished=self.finished, rows=self.rows, checks=self.checks,
-                    failures=self.failures, unused=self.unused, facts=json.dumps(self.facts)), buf)
+                    failures=self.failures, unused=self.unused, before=self.before, facts=json.dumps(self.facts)), buf)
     with self.writing():
         write_atomic(self.folder/'checkpoint.pt', buf.getbuffer())
         self.saved = self.step
@@ -416,7 +419,7 @@ def writing(self:Training):
         kept = 'nothing was saved before' if self.saved is None else f'the checkpoint of step {self.saved} is whole, and training goes on from there when it is started again with this folder'
         raise OutputError(f'{e}; training stopped after step {self.step} of {self.steps}, {kept}') from e
 
-# %% ../nbs/40_training.ipynb #bb36db17
+# %% ../nbs/40_training.ipynb #fc08e8e3
 def read_checkpoint(
     file:Path, # checkpoint.pt
 ) -> dict|None: # None when there is none
@@ -431,16 +434,17 @@ def read_checkpoint(
 def resume(self:Training) -> bool: # is there something to go on from?
     "Go on from the folder's checkpoint; ConfigError that lists what differs when it belongs to another run"
     was = self.folder and read_checkpoint(self.folder/'checkpoint.pt')
+    if self.folder and not was and (self.folder/'config.json').exists(): raise ConfigError(f'{self.folder} holds a saved detector but no checkpoint, and training would overwrite it: choose another folder')
     if not was: return False
     if d := differing(was['facts'], self.facts, FREE):
         raise ConfigError(f'{self.folder} holds a training with other settings ({in_words(d)}): choose another folder, or delete this one')
     self.detector.load_state_dict(was['head'])
     if was['optimiser']: self.optimiser.load_state_dict(was['optimiser'])
-    for k in ('step', 'finished', 'rows', 'checks', 'failures', 'unused'): setattr(self, k, was[k])
+    for k in ('step', 'finished', 'rows', 'checks', 'failures', 'unused', 'before'): setattr(self, k, was[k])
     self.saved = self.step
     return True
 
-# %% ../nbs/40_training.ipynb #24d34336
+# %% ../nbs/40_training.ipynb #7c6cea12
 @patch
 def batches(self:Training) -> Iterator[tuple[list, list]]: # numbers and prepared pictures of each step that is left of this epoch
     "The rest of the current epoch, prepared ahead in threads"
@@ -449,6 +453,7 @@ def batches(self:Training) -> Iterator[tuple[list, list]]: # numbers and prepare
     with contextlib.closing(ahead(self.pictures, todo, self.cfg.ahead)) as stream:
         for k in range(0, len(todo), n): yield todo[k:k + n], list(itertools.islice(stream, n))
 
+# %% ../nbs/40_training.ipynb #d1c0cb77
 @patch
 def take(self:Training,
     at:list,    # numbers of the pictures
@@ -492,16 +497,18 @@ def check(self:Training, bar):
     self.checks.append(dict(step=self.step, epoch=self.step//self.per_epoch, **values))
     if not bar.disable: bar.write(f'epoch {self.step//self.per_epoch}: ' + ', '.join(f'{k} {v:.4f}' for k, v in values.items()), file=sys.stderr)
 
-# %% ../nbs/40_training.ipynb #fa3fea58
+# %% ../nbs/40_training.ipynb #e77cfae4
 @patch
 def record(self:Training) -> dict: # plain values for JSON
     "What was trained on what, and how far it came"
     (normal, bad), h = self.data.total(), self.history()
     masks = sum(bool(r.label) and _masked(r) and self.pictures.where(i) not in self.unused for i, r in enumerate(self.data.rows))
-    return json.loads(json.dumps(dict(data=self.data.title, split='+'.join(self.data.splits), categories=self.data.categories,
+    again = [f'it began from a head that was trained on {self.before["data"]}']*bool(self.before['data'])
+    return json.loads(json.dumps(dict(data=self.data.title, split='+'.join(self.data.splits), categories=list(dict.fromkeys([*self.data.categories, *(self.before['categories'] or ())])),
         pictures=dict(normal=normal, defective=bad, defective_with_mask=masks, unreadable=len(self.failures)), recipe=self.cfg.to_dict(), seed=self.cfg.seed,
-        steps=self.step, steps_planned=self.steps, losses={k: round(v, 5) for k, v in h.last().items()}, remarks=h.notes, versions=self.facts['versions'])))
+        steps=self.step, steps_planned=self.steps, losses={k: round(v, 5) for k, v in h.last().items()}, remarks=h.notes + again, versions=self.facts['versions'])))
 
+# %% ../nbs/40_training.ipynb #e81cfb08
 @contextlib.contextmanager
 def _training_mode(detector, cfg):
     "Training mode and activation checkpointing inside, as they were outside"
@@ -512,7 +519,7 @@ def _training_mode(detector, cfg):
     finally:
         detector.train(mode); detector.checkpointing = was
 
-# %% ../nbs/40_training.ipynb #daaed343
+# %% ../nbs/40_training.ipynb #b091c624
 @patch
 def go(self:Training,
     progress:bool=True, # a bar on standard error
@@ -533,6 +540,7 @@ def go(self:Training,
         finally: self.detector.training_record = self.record()
     if self.finished: self.finish()
 
+# %% ../nbs/40_training.ipynb #b9cfa5bd
 @patch
 def interrupted(self:Training):
     "Keep what there is, and say how to go on"
@@ -589,7 +597,7 @@ def record_measured(
     detector.training_record = record | dict(measured={**record.get('measured', {}), name or one.config['data']['title']: entry})
     return entry
 
-# %% ../nbs/40_training.ipynb #cd068cc7
+# %% ../nbs/40_training.ipynb #34bf2006
 def train_words(
     p, # an `argparse.ArgumentParser`, gets the words
 ):
@@ -609,6 +617,7 @@ def train_words(
     p.add_argument('--batch-size', type=from_one, metavar='N', help="pictures per step (default: the recipe's)")
     _more_words(p)
 
+# %% ../nbs/40_training.ipynb #74f3b692
 def _more_words(p):
     p.add_argument('--lr', type=float, metavar='X', help="learning rate of the fastest group; the others keep their ratio to it (default: the method's own)")
     p.add_argument('--seed', type=int, metavar='N', help='of starting weights, order and dropout (default: 111)')
