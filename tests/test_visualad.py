@@ -264,3 +264,39 @@ def test_other_head_on_this_backbone(tmp_path):
     v.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match='width'): VisualAD.from_pretrained(tmp_path, load_backbone('timm/deit_tiny_patch16_224', pretrained=False))
     same(Detector.from_pretrained(tmp_path).training_record['categories'], ['leather'])
+
+# --- the shipped head and the command line ---
+
+def test_shipped_head():
+    "VisualAD() answers at once, says what it was trained on, and is not measured on that"
+    from zsad_nb.benchmark import evaluate
+    from zsad_nb.datasets import Synthetic
+    v = VisualAD()
+    same(v.preset, 'tiny'); same(v.ready, True)
+    r = evaluate(v, Synthetic('target', 8, categories=['tile', 'tread_plate', 'screw']), progress=False)
+    assert r.mean['image_auroc'] > .8 and r.mean['pixel_auroc'] > .9, r
+    with pytest.raises(ConfigError, match='zero-shot'): evaluate(v, Synthetic('auxiliary', 2), progress=False)
+    same(VisualAD(backbone=load_backbone('tiny')).ready, True)                      # the same backbone, loaded by hand
+    same(VisualAD(backbone=load_backbone('tiny', pretrained=False)).ready, False)   # another one of that name
+
+def test_untrained_heads_are_not_passed_off(recwarn):
+    from zsad_nb.detector import load_detector
+    with pytest.raises(ConfigError, match='no trained head'): load_detector('visualad', 'paper')
+    same(load_detector('visualad', 'paper', trained=False).ready, False)
+    VisualAD('paper').predict(np.zeros((64, 64, 3), np.uint8), progress=False)
+    assert any('no trained head' in str(w.message) for w in recwarn)
+
+def test_train_and_predict_by_command(tmp_path, capsys):
+    "zsad train writes a head that zsad predict and zsad eval use"
+    from zsad_nb.cli import main
+    from PIL import Image
+    out, picture = tmp_path/'head', tmp_path/'one.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 64, 3), np.uint8)).save(picture)
+    same(main(f'train --method visualad --data synthetic --categories leather --epochs 1 --out {out} --set anchors=2 --quiet'.split()), 0)
+    assert 'zsad predict --method visualad --weights' in capsys.readouterr().out
+    same(Detector.from_pretrained(out).cfg.anchors, 2)
+    same(main(f'predict {picture} --method visualad --weights {out} --out {tmp_path/"seen"} --quiet'.split()), 0)
+    assert (tmp_path/'seen/one_overlay.png').is_file()
+    same(main(f'eval --data synthetic --categories tile --limit 2 --method visualad --weights {out} --quiet'.split()), 0)
+    same(main(f'predict {picture} --method visualad --preset paper --out {tmp_path/"no"} --quiet'.split()), 2)
+    assert 'no trained head' in capsys.readouterr().err

@@ -296,7 +296,8 @@ def pick_device(
 
 # %% ../nbs/60_cli.ipynb #0ebae30e
 def load(
-    args:argparse.Namespace, # what `zsad predict` was told
+    args:argparse.Namespace, # what `zsad predict` or `zsad train` was told
+    trained:bool=True, # to predict with; False: about to be trained
 ):
     "Make the detector; `ConfigError` and `WeightsError` in one sentence"
     from zsad_nb.detector import METHODS, find_method, load_detector
@@ -308,7 +309,8 @@ def load(
     if args.backbone_weights:
         from zsad_nb.backbones import load_backbone
         backbone = load_backbone(backbone or 'tiny', weights=args.backbone_weights)
-    return load_detector(args.method, preset, backbone, args.weights, args.adapt, args.seed).to(device).eval()
+    wishes = dict(adapt=args.adapt, seed=args.seed) if trained else dict(trained=False)
+    return load_detector(args.method, preset, backbone, args.weights, **wishes).to(device).eval()
 
 # %% ../nbs/60_cli.ipynb #fb58efc8
 def colour_range(

@@ -646,7 +646,7 @@ def _split_words(args, cls):
 def _untrained(args, cfg):
     "The detector the words mean, its head fresh"
     from zsad_nb.cli import load
-    return load(args).fresh(cfg.seed)
+    return load(args, trained=False).fresh(cfg.seed)
 
 def _validation_data(args):
     "The data set `--validate` means, or None"
