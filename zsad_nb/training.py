@@ -7,9 +7,9 @@ __all__ = ['RECIPES', 'FREE', 'TrainConfig', 'find_recipe', 'rate', 'make_optimi
            'Item', 'Pictures', 'collate', 'order', 'seeded', 'gradients', 'History', 'smoothed', 'run_facts',
            'Training', 'read_checkpoint', 'fit', 'record_measured', 'train_words', 'train']
 
-# %% ../nbs/40_training.ipynb #a82fd85c
+# %% ../nbs/40_training.ipynb #ddc7fb9d
 import contextlib, hashlib, io, itertools, json, math, os, sys, time, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
