@@ -1,6 +1,5 @@
 """The loss room: the authors' numbers and gradients at 1e-5, and batches in which some pictures have no mask."""
-import numpy as np, pytest, torch
-from torch.nn import functional as F
+import pytest, torch
 from zsad_nb.losses import dice, focal, image_bce, token_margin
 from zsad_nb.scoring import fuse, pool_top
 from zsad_nb.types import ConfigError, shared_dir

@@ -239,11 +239,12 @@ def test_killed_at_random_moments(make, data, tmp_path):
         child.send_signal(signal.SIGKILL); killed += child.wait() == -signal.SIGKILL
         assert (folder/'checkpoint.pt').exists(), child.stderr.read().decode()[-2000:]
     assert killed, 'the children were quicker than the kill'
-    at = training.read_checkpoint(folder/'checkpoint.pt')['step']
-    slow, plain = make(pause=.05), make()
+    (folder/'.zsad-0123456789ab.part').write_bytes(b'half a checkpoint')
+    at, plain = training.read_checkpoint(folder/'checkpoint.pt')['step'], make()
     two = make(1, pause=.05); h = quiet(two, data, QUICK, folder)
     quiet(plain, data)
     assert same(two, plain) and h.finished and [r['step'] for r in h.rows] == list(range(1, 9)), (moments, at)
+    assert not list(folder.glob('.zsad*')) and all(p.grad is None for p in two.parameters())
 
 def test_finished_folders_return_at_once(make, data, reference, tmp_path):
     two = make(); quiet(two, data, QUICK, tmp_path)
@@ -404,6 +405,12 @@ def test_prepare_of_several_sizes(make, data):
     two = make(); n = itertools.count(); real = two.prepare
     two.prepare = lambda p: real(p)[:, :8*(1 + next(n) % 2)]
     with pytest.raises(ConfigError, match=r'sizes \[\(8, 32\), \(16, 32\)\]: set image_size, or train with batch_size=1'): quiet(two, data)
+
+def test_samples_that_are_paths(make, data, files, tmp_path):
+    some = [Sample(p, int('good' not in p.parts), None, 'leather') for p in sorted(files.glob('leather/test/*/*.png'))]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore'); h = quiet(make(), [*some, Sample('nowhere.png', 1, None, 'leather')])
+    assert [str(f.path) for f in h.failures] == ['nowhere.png'] and h.finished
 
 def test_moved_files_are_the_same_files(make, files, tmp_path):
     quiet(make(), Folder(files), QUICK, tmp_path/'run')

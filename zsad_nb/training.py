@@ -7,9 +7,9 @@ __all__ = ['RECIPES', 'FREE', 'TrainConfig', 'find_recipe', 'rate', 'make_optimi
            'Item', 'Pictures', 'collate', 'order', 'seeded', 'gradients', 'History', 'smoothed', 'run_facts',
            'Training', 'read_checkpoint', 'fit', 'record_measured', 'train_words', 'train']
 
-# %% ../nbs/40_training.ipynb #a82fd85c
+# %% ../nbs/40_training.ipynb #ddc7fb9d
 import contextlib, hashlib, io, itertools, json, math, os, sys, time, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,7 +145,7 @@ def training_data(
     notes += ['there is not one normal picture: the image loss can only push scores up']*(not normal)
     return known, notes + mask_notes(known)
 
-# %% ../nbs/40_training.ipynb #f60180ed
+# %% ../nbs/40_training.ipynb #3a8b5bc7
 @dataclass(eq=False)
 class Item:
     "One prepared picture of a training set"
@@ -161,7 +161,10 @@ class Pictures:
         cache_mb:int=1024,    # keep them when all of them take at most this
     ): self.detector, self.data, self.room, self.kept = detector, data, cache_mb*1e6/max(1, len(data)), {}
 
-    def where(self, i): return self.data.rows[i].where + f', picture {i}'*(not self.data.rows[i].picture)
+    def where(self, i): # the file, or words
+        r = self.data.rows[i]
+        if r.held and isinstance(r.held.picture, (str, Path)): return str(r.held.picture)
+        return r.where if r.picture else f'{r.where}, picture {i}'
 
     def __call__(self, i:int) -> Item|Failure:
         if i in self.kept: return self.kept[i]
@@ -419,7 +422,7 @@ def writing(self:Training):
         kept = 'nothing was saved before' if self.saved is None else f'the checkpoint of step {self.saved} is whole, and training goes on from there when it is started again with this folder'
         raise OutputError(f'{e}; training stopped after step {self.step} of {self.steps}, {kept}') from e
 
-# %% ../nbs/40_training.ipynb #fc08e8e3
+# %% ../nbs/40_training.ipynb #7f63a917
 def read_checkpoint(
     file:Path, # checkpoint.pt
 ) -> dict|None: # None when there is none
@@ -436,6 +439,7 @@ def resume(self:Training) -> bool: # is there something to go on from?
     was = self.folder and read_checkpoint(self.folder/'checkpoint.pt')
     if self.folder and not was and (self.folder/'config.json').exists(): raise ConfigError(f'{self.folder} holds a saved detector but no checkpoint, and training would overwrite it: choose another folder')
     if not was: return False
+    for part in self.folder.glob('.zsad-*.part'): part.unlink(missing_ok=True)    # half a checkpoint, left by a kill
     if d := differing(was['facts'], self.facts, FREE):
         raise ConfigError(f'{self.folder} holds a training with other settings ({in_words(d)}): choose another folder, or delete this one')
     self.detector.load_state_dict(was['head'])
@@ -519,7 +523,7 @@ def _training_mode(detector, cfg):
     finally:
         detector.train(mode); detector.checkpointing = was
 
-# %% ../nbs/40_training.ipynb #b091c624
+# %% ../nbs/40_training.ipynb #77c9efe7
 @patch
 def go(self:Training,
     progress:bool=True, # a bar on standard error
@@ -537,7 +541,9 @@ def go(self:Training,
                 self.save()
             self.finished = True
         except KeyboardInterrupt: self.interrupted()
-        finally: self.detector.training_record = self.record()
+        finally:
+            self.optimiser.zero_grad(set_to_none=True)
+            self.detector.training_record = self.record()
     if self.finished: self.finish()
 
 # %% ../nbs/40_training.ipynb #b9cfa5bd
@@ -655,7 +661,7 @@ def _validation_data(args):
     name, _, root = args.validate.partition(':')
     return load_dataset(name, root or None, 'test')
 
-# %% ../nbs/40_training.ipynb #17cd0863
+# %% ../nbs/40_training.ipynb #d732a2a4
 def train(
     args, # what `train_words` understood
 ) -> int: # 0 all good, 1 some pictures could not be read, 130 interrupted
@@ -667,7 +673,7 @@ def train(
     if cls.losses is Detector.losses: raise ConfigError(f'{args.method} is training-free: there is nothing to train, use zsad predict --method {args.method}')
     if args.preset: check_name(f'{args.method} preset', args.preset, cls.presets)
     cfg, args.set = _split_words(args, cls)
-    args.weights, args.split = None, args.split or ('auxiliary' if args.data == 'synthetic' else 'test')
+    args.weights, args.batch_size, args.split = None, cfg.batch_size, args.split or ('auxiliary' if args.data == 'synthetic' else 'test')
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter('always', UserWarning)
         warnings.showwarning = lambda message, *rest, **more: None if args.quiet else say(str(message))
