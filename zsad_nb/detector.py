@@ -380,7 +380,7 @@ def lay_out(
     along = lambda n, side: [0] if n <= side else np.linspace(0, n - side, math.ceil(n/side)).round().astype(int).tolist()
     return Layout(size, tuple(window), tuple((y, x) for y in along(size[0], h) for x in along(size[1], w)))
 
-# %% ../nbs/23_detector.ipynb #15139bc6
+# %% ../nbs/23_detector.ipynb #138f34ef
 def cut(
     picture,              # PIL picture
     layout:Layout,        # of this picture
@@ -395,6 +395,7 @@ def cut(
         out[-1].paste(small, (-x, -y))
     return out
 
+# %% ../nbs/23_detector.ipynb #804a230e
 def join(
     maps:Tensor,   # (t ... H W) one map per window
     layout:Layout, # of the picture
