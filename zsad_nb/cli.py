@@ -309,8 +309,8 @@ def load(
     if args.backbone_weights:
         from zsad_nb.backbones import load_backbone
         backbone = load_backbone(backbone or 'tiny', weights=args.backbone_weights)
-    wishes = dict(adapt=args.adapt, seed=args.seed) if trained else dict(trained=False)
-    return load_detector(args.method, preset, backbone, args.weights, **wishes).to(device).eval()
+    made = load_detector(args.method, preset, backbone, args.weights, args.adapt, args.seed) if trained else load_detector(args.method, preset, backbone, trained=False)
+    return made.to(device).eval()
 
 # %% ../nbs/60_cli.ipynb #fb58efc8
 def colour_range(
