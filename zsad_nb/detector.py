@@ -811,9 +811,9 @@ def load_detector(
     preset:str|None=None,                # None: the method's default, or what the weights were saved with
     backbone:'str|nn.Module|None'=None,  # None: 'tiny', or the one the weights were made with
     weights:str|Path|None=None,          # folder or repository of a saved detector
-    trained:bool=True,                   # refuse a head that was never trained
     adapt:int|None=None,                 # steps of adaptation to each picture; None: as the settings say
     seed:int|None=None,                  # of what the method draws at random; None: as the settings say
+    trained:bool=True,                   # refuse a head that was never trained
 ) -> Detector:
     "Make a detector from names; ConfigError for an unknown method or preset, a preset that contradicts the weights, or a head that was never trained"
     cls = find_method(method)
