@@ -536,7 +536,7 @@ def test_adapt_a_method_that_cannot(capsys, monkeypatch):
 def test_bench_gives_rows(capsys):
     status, out, _ = go('bench', 'forward', '--backbone', 'tiny', '--batches', 1, '--repeats', 1, '--json', capsys=capsys)
     d = json.loads(out)
-    assert status == 0 and d['machine']['torch'] and [r['unit'] for r in d['rows']] == ['s']*4 + ['x']*3 and all(r['value'] > 0 for r in d['rows'])
+    assert status == 0 and d['machine']['torch'] and [r['unit'] for r in d['rows']] == ['s']*5 + ['x']*4 and all(r['value'] > 0 for r in d['rows'])
 
 def test_every_command_and_bench_is_there():
     from zsad_nb.bench import BENCHES

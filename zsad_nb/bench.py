@@ -210,7 +210,7 @@ def forward(
     import torch
     from zsad_nb.backbones import load_backbone
     rows, shapes = [], {}
-    for c in cases or CASES: shapes.setdefault((settings.backbone or c.backbone, None if settings.backbone else c.size, c.batches or settings.batches), []).append(c)
+    for c in cases or CASES: shapes.setdefault((settings.backbone or c.backbone, None if settings.backbone else c.size, tuple(c.batches or settings.batches)), []).append(c)
     for (name, size, batches), some in shapes.items():
         shared = load_backbone(name, pretrained=False)
         if size: grown(shared, size)
