@@ -189,6 +189,7 @@ def preset(self:Detector) -> str|None:
     free = {k: getattr(self.cfg, k) for k in ('image_size', 'seed') if hasattr(self.cfg, k)}
     return next((k for k, v in self.presets.items() if replace(v, **free) == self.cfg), None)
 
+# %% ../nbs/23_detector.ipynb #a508bc49
 @patch
 def _apply(self:Detector, fn, recurse=True):
     super(Detector, self)._apply(fn, recurse)   # `.to`, `.cuda`, `.float` all come through here
@@ -806,6 +807,7 @@ def untrained(
     return (f"there is no trained head for {m} with {'preset ' + repr(detector.preset) if detector.preset else 'these settings'} on {detector.backbone.name}: {shipped}"
             f"train one (zsad train --method {m} --data ... --out DIR) and give its folder as weights")
 
+# %% ../nbs/23_detector.ipynb #116fdcd5
 def load_detector(
     method:str='anovl',                  # key of `METHODS`
     preset:str|None=None,                # None: the method's default, or what the weights were saved with
