@@ -279,6 +279,18 @@ def test_shipped_head():
     same(VisualAD(backbone=load_backbone('tiny')).ready, True)                      # the same backbone, loaded by hand
     same(VisualAD(backbone=load_backbone('tiny', pretrained=False)).ready, False)   # another one of that name
 
+def test_half_precision_and_checkpointing_train(tmp_path):
+    "bf16 and activation checkpointing change what a training costs, not what it does"
+    from zsad_nb.datasets import Synthetic
+    from zsad_nb.training import TrainConfig, fit
+    data, ends = Synthetic('auxiliary', 4, categories=['leather', 'plug']), []
+    for how in (dict(), dict(checkpointing=True), dict(precision='bf16', checkpointing=True)):
+        v = VisualAD(VisualADConfig(image_size=64, dropout=0., token_lr=2e-3, lr=2e-3)).fresh(0)
+        ends.append((v, fit(v, data, TrainConfig(epochs=1, **how), progress=False).last()['total']))
+        same(v.checkpointing, False)
+    for a, b in zip(ends[0][0].parameters(), ends[1][0].parameters()): same(a.detach(), b.detach())
+    close(ends[0][1], ends[2][1], eps=.05)
+
 def test_untrained_heads_are_not_passed_off(recwarn):
     from zsad_nb.detector import load_detector
     with pytest.raises(ConfigError, match='no trained head'): load_detector('visualad', 'paper')
