@@ -199,3 +199,29 @@ def test_presets():
                                        (dict(loss_d=False, loss_p=False), 'nothing to adapt'), (dict(seed=.5), 'seed'), (dict(noise_std=-1.), 'noise_std')])
 def test_bad_settings(bad, word):
     with pytest.raises(ConfigError, match=word): AnoVLConfig(**bad)
+
+def test_half_precision(tiny):
+    import copy
+    d = AnoVL(AnoVLConfig(adapt=2, prompt_level='base', **RELEASED), copy.deepcopy(tiny)).to(torch.bfloat16)
+    assert d(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16), 'bolt').layer_maps.isfinite().all()
+
+# ---- beside the paper
+
+def test_compare_takes_the_rows_of_the_adapted_method(tiny):
+    from zsad_nb.benchmark import compare, evaluate
+    from zsad_nb.datasets import Synthetic
+    for preset, auroc in (('paper', 86.6), ('paper_tta', 90.6)):
+        d = AnoVL(preset, tiny).variant(seed=4); assert d.preset == preset
+        t = compare(evaluate(d, Synthetic('target', categories=['tile']), limit=2, progress=False))
+        row = t[(t.dataset == 'MVTec AD') & (t.level == 'pixel') & (t.metric == 'AUROC')]
+        assert row.paper.tolist() == [auroc] and 'preset' not in row.not_the_same.iloc[0]
+
+def test_eval_with_adapt(capsys):
+    import json
+    from zsad_nb.cli import main
+    words = ['eval', '--data', 'synthetic', '--categories', 'tile', '--limit', '4', '--quiet', '--json', '--adapt', '2']
+    assert main(words) == 0 and json.loads(capsys.readouterr().out)['config']['detector']['config']['adapt'] == 2
+    assert main([*words, '--preset', 'paper', '--seeds', '2']) == 0
+    runs = json.loads(capsys.readouterr().out)['runs']
+    assert [(r['config']['detector']['config']['adapt'], r['config']['detector']['config']['seed']) for r in runs] == [(2, 0), (2, 1)]
+    assert main([*words[:-1], '-3']) == 2 and 'whole number from 0' in capsys.readouterr().out

@@ -286,7 +286,7 @@ def forward(self:AnoVL,
     if extras: self._explain(raw.extras, extras, f, names, text, cos, logits, images.shape[-2:])
     return raw
 
-# %% ../nbs/30_anovl.ipynb #a984cb9c
+# %% ../nbs/30_anovl.ipynb #54620677
 @patch
 def adapt(self:AnoVL,
     f:Features,                 # of b pictures; gets `tokens` and `adapters`
@@ -303,7 +303,7 @@ def adapt(self:AnoVL,
         a = Adapter(f.patches[g], texts, text if text.ndim == 2 else text[g], c, c.temperature, carried.get(name) if c.carry_optimizer_state else None)
         f.adapters.append(a.run(c.adapt))
         if c.carry_optimizer_state: carried[name] = a.moments()
-    f.tokens = torch.cat([a(f.patches[g]) for a, g in zip(f.adapters, groups)])
+    f.tokens = torch.cat([a(f.patches[g]) for a, g in zip(f.adapters, groups)]).to(f.patches)   # adapters count in float32
 
 # %% ../nbs/30_anovl.ipynb #9afbc1f4
 @patch
