@@ -599,9 +599,10 @@ def trained(
     method = find_method(method) if isinstance(method, str) else method
     def make(cfg, backbone, seed):
         new = method(cfg, backbone).fresh(seed)
-        own = replace(find_recipe(recipe, new), seed=seed)
-        name = hashlib.sha256(json.dumps([new.manifest()['config'], own.to_dict()]).encode()).hexdigest()[:12]
-        fit(new, data(seed) if callable(data) else data, own, folder and Path(folder)/f'{name} seed {seed}', progress=progress)
+        own, pictures = replace(find_recipe(recipe, new), seed=seed), data(seed) if callable(data) else data
+        facts = [new.manifest()['config'], new.backbone.name, own.to_dict(), pictures.title, pictures.total()]
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        fit(new, pictures, own, folder and Path(folder)/f'{name} seed {seed}', progress=progress)
         return new.eval()
     return make
 
