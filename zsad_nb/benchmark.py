@@ -600,6 +600,7 @@ def trained(
     def make(cfg, backbone, seed):
         new = method(cfg, backbone).fresh(seed)
         own, pictures = replace(find_recipe(recipe, new), seed=seed), data(seed) if callable(data) else data
+        pictures = pictures if isinstance(pictures, AnomalyDataset) else from_samples(pictures)
         facts = [new.manifest()['config'], new.backbone.name, own.to_dict(), pictures.title, pictures.total()]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         fit(new, pictures, own, folder and Path(folder)/f'{name} seed {seed}', progress=progress)
