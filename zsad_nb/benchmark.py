@@ -533,7 +533,7 @@ def plot(self:SweepResult,
     mean, std = g.mean(numeric_only=True), g.std(numeric_only=True).fillna(0)
     fig = Figure(figsize=(max(3.6, .55*len(mean) + 2.2), 2.8)); ax = fig.subplots()
     for i, (k, mark) in enumerate(zip(metrics, 'os^Dv*')): ax.errorbar(np.arange(len(mean)) + .05*i, 100*mean[k], 100*std[k], marker=mark, ms=5, lw=1.4, capsize=2, label=k.replace('_', ' '))
-    ax.set_xticks(range(len(mean)), mean.index, fontsize=8); ax.tick_params(axis='y', labelsize=8)
+    ax.set_xticks(range(len(mean)), mean.index, fontsize=8, **(dict(rotation=20, ha='right') if max(map(len, mean.index)) > 9 else {})); ax.tick_params(axis='y', labelsize=8)
     ax.set_xlabel(self.field or 'run', fontsize=8); ax.set_ylabel('per cent', fontsize=8)
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
     ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
