@@ -226,6 +226,8 @@ def test_from_released(ref, toy, tmp_path):
     back = VisualAD.from_pretrained(v.save_pretrained(tmp_path/'saved'), renamed(ref)).eval()
     with torch.no_grad(): same(back(ref['in/image']).layer_maps, v(ref['in/image']).layer_maps)
     assert 'CLIP.pth' in (tmp_path/'saved/README.md').read_text()
+    told = VisualAD.from_released(released(ref, tmp_path), renamed(ref), auxiliary='visa').training_record
+    same((told['data'], len(told['categories'])), ('VisA', 12))
 
 class _Code:
     def __reduce__(self): return (print, ('this must never run',))
@@ -235,6 +237,7 @@ def test_from_released_refuses(ref, tmp_path, capsys):
     with pytest.raises(ConfigError, match='taps blocks'): VisualAD.from_released(released(ref, tmp_path, features_list=[6, 12, 18, 24]), renamed(ref))
     with pytest.raises(WeightsError, match='does not fit'): VisualAD.from_released(released(ref, tmp_path, anomaly_token=torch.zeros(32)), renamed(ref))
     with pytest.raises(WeightsError, match='released layout'): VisualAD.from_released(released(ref, tmp_path, layer_transforms={'layer_1': {}}), renamed(ref))
+    with pytest.raises(WeightsError, match='does not fit'): VisualAD.from_released(released(ref, tmp_path, features_list=[]), renamed(ref))
     with pytest.raises(WeightsError, match='no such file'): VisualAD.from_released(tmp_path/'nowhere.pth')
     torch.save(dict(state=torch.zeros(1)), tmp_path/'other.pth')
     with pytest.raises(WeightsError, match='names no backbone'): VisualAD.from_released(tmp_path/'other.pth')

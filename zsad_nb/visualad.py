@@ -408,11 +408,12 @@ def released_state(
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as e: raise WeightsError(f'not a VisualAD checkpoint in the released layout: {type(e).__name__} at {e}') from None
     return out
 
-# %% ../nbs/31_visualad.ipynb #299acf9a
+# %% ../nbs/31_visualad.ipynb #3a8314a1
 @patch(cls_method=True)
 def from_released(cls:VisualAD,
     path:str|Path,                 # CLIP.pth of the authors
     backbone:str|nn.Module|None=None,  # None: the one the file names
+    auxiliary:str|None=None,       # the set it was trained on, 'visa' or 'mvtec': `evaluate` then refuses its categories
 ) -> VisualAD:
     "Read a published checkpoint of the authors; WeightsError for another file, ConfigError for another backbone"
     file = read_plain(path)
@@ -421,15 +422,22 @@ def from_released(cls:VisualAD,
     backbone = named if backbone is None else backbone
     if (other := backbone if isinstance(backbone, str) else backbone.name) != named: raise ConfigError(f'{path} was trained on {named}, not on {other}: give backbone={named!r}')
     if isinstance(backbone, str): backbone = load_backbone(backbone)
-    return _with_released(cls, path, file, backbone)
+    return _with_released(cls, path, file, backbone, auxiliary)
 
-def _with_released(cls, path, file, backbone):
+# %% ../nbs/31_visualad.ipynb #4bb45b97
+def _with_released(cls, path, file, backbone, auxiliary):
     try: size, taps, m = int(file['image_size']), tuple(map(int, file['features_list'])), int(file['cross_attn_config']['num_anchors'])
     except (KeyError, TypeError, ValueError) as e: raise WeightsError(f'{path} is not a VisualAD checkpoint in the released layout: it lacks {e}') from None
-    if max(taps) > backbone.trunk.depth: raise ConfigError(f'{path} taps blocks {taps}, and {backbone.name} has {backbone.trunk.depth}')
+    if max(taps, default=0) > backbone.trunk.depth: raise ConfigError(f'{path} taps blocks {taps}, and {backbone.name} has {backbone.trunk.depth}')
     layers = 'quarters' if taps == tapped('quarters', backbone.trunk.depth) else taps
     self = cls(VisualADConfig(image_size=size, layers=layers, anchors=m), backbone)
     try: self.load_state_dict(released_state(file, math.prod(self.grid)))
     except RuntimeError as e: raise WeightsError(f'{path} does not fit {backbone.name}: {" ".join(str(e).split())[:300]}') from None
-    self.training_record = dict(data='', source=f'released checkpoint {Path(path).name}, epoch {file.get("epoch")}', categories=[])
+    self.training_record = _released_record(auxiliary) | dict(source=f'released checkpoint {Path(path).name}, epoch {file.get("epoch")}')
     return self
+
+def _released_record(auxiliary): # the papers train on the test split of the auxiliary set
+    from zsad_nb.datasets import BENCHMARKS, READERS
+    if auxiliary is None: return dict(data='', categories=[])
+    about = BENCHMARKS[READERS.key(auxiliary)]
+    return dict(data=about.title, split='test', categories=list(about.categories))
