@@ -106,7 +106,7 @@ def test_losses_and_gradients(ref, toy):
 
 def batch_for(v, n=2):
     torch.manual_seed(0)
-    x = torch.randn(n, 3, *v._size())
+    x = torch.randn(n, 3, *v.input_size)
     return dict(images=x, labels=torch.arange(n).float() % 2, masks=(x[:, 0] > 1).float(), has_mask=torch.ones(n, dtype=torch.bool))
 
 def test_paper_form_is_the_papers_formula():

@@ -12,6 +12,7 @@ __all__ = ['CASES', 'STEPS', 'SNIPPETS', 'BENCHES', 'in_turn', 'median_ratio', '
 import os, platform, statistics, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 # %% ../nbs/61_bench.ipynb #b8264b3f
@@ -164,10 +165,10 @@ def training_step(detector, images):
     optimiser.step()
     detector.eval()
 
-def _optimiser(detector, made={}): # one for each detector, as in a real training
+@lru_cache(maxsize=1)
+def _optimiser(detector): # made once, as in a real training
     from zsad_nb.training import TrainConfig, make_optimiser
-    if made.get('of') is not detector: made.update(of=detector, optimiser=make_optimiser(detector, TrainConfig()))
-    return made['optimiser']
+    return make_optimiser(detector, TrainConfig())
 
 # %% ../nbs/61_bench.ipynb #fbf83584
 CASES = [
@@ -222,7 +223,7 @@ def forward(
     return rows
 
 # %% ../nbs/61_bench.ipynb #5cf8f0ee
-_STEP = """import sys, torch; from dataclasses import replace; from zsad_nb.backbones import load_backbone; from zsad_nb.bench import *
+_STEP = """import sys, torch; from zsad_nb.backbones import load_backbone; from zsad_nb.bench import *
 name, size, b, checkpointing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'True'
 detector = visualad(load_backbone(name, pretrained=False, image_size=size)); detector.checkpointing = checkpointing
 training_step(detector, torch.randn(b, 3, size, size)); print(peak_memory())"""

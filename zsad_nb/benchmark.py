@@ -196,9 +196,8 @@ def run_config(
     counts = {c: list(data.filter(category=c).total()) for c in data.categories}
     facts = dict(title=data.title, key=data.key, root=str(data.root) if data.root else '', splits=data.splits, masks=data.has_masks,
                  invert_masks=data.invert_masks, mask_rule=data.mask_rule, counts=counts, **_expected(data))
-    size = detector.cfg.image_size or detector.backbone.image_size
     detector_facts = {k: made[k] for k in ('method', 'preset', 'config', 'backbone')} | dict(
-        image_size=[size]*2 if isinstance(size, int) else list(size), head=head_hash(detector), trained_on=sorted(trained_on(detector)),
+        image_size=list(detector.input_size), head=head_hash(detector), trained_on=sorted(trained_on(detector)),
         auxiliary=(made['training'] or {}).get('data', ''), device=str(detector.device))
     return json.loads(json.dumps(dict(detector=detector_facts, data=facts, measured=measured, versions=_versions())))
 

@@ -536,7 +536,9 @@ def list_methods() -> list[dict]: # method, preset, meaning
         default = cls.settings(None)
         for preset, cfg in cls.presets.items():
             other = ', '.join(f'{k}={mine}' for k, (mine, _) in cfg.differs(default).items())
-            rows.append(dict(method=name, preset=preset, meaning=f'the default: {cls.__doc__}' if preset == cls.default_preset else other))
+            if preset == cls.default_preset: other = f'the default: {cls.__doc__}'
+            if preset == cls.shipped: other = f'comes trained, and is what tiny takes when no preset is named: {other}'
+            rows.append(dict(method=name, preset=preset, meaning=other))
     return rows
 
 # %% ../nbs/60_cli.ipynb #5e9a03af

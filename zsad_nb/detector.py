@@ -137,6 +137,7 @@ class Detector(nn.Module):
     checkpointing: bool = False                 # training: compute the trunk's activations again instead of keeping them
     extra_names: ClassVar[dict[str, str]] = {}  # what `extras` can be asked for: {name: shape and meaning}
     learns: ClassVar[bool] = False              # has weights that mean nothing before training
+    shipped: ClassVar[str] = ''                 # preset of the trained head that comes with the package, for `tiny`
 
     def __init__(self,
         cfg:Config|str|None=None,           # settings, the name of a preset, or None for the default preset
@@ -182,6 +183,12 @@ def backbone(self:Detector):
 def device(self:Detector) -> torch.device:
     "Where the backbone is"
     return next(self.backbone.parameters()).device
+
+@patch(as_prop=True)
+def input_size(self:Detector) -> tuple[int, int]: # (H, W) pixels
+    "Size of what `forward` sees: the setting, else the backbone's own"
+    size = self.cfg.image_size or self.backbone.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 @patch(as_prop=True)
 def preset(self:Detector) -> str|None:
@@ -413,8 +420,7 @@ def join(
 # %% ../nbs/23_detector.ipynb #79ebd4b7
 @patch
 def _layout(self:Detector, size):
-    window = self.cfg.image_size or self.backbone.image_size
-    return lay_out(size, (window, window) if isinstance(window, int) else window, self.cfg.fit)
+    return lay_out(size, self.input_size, self.cfg.fit)
 
 @patch
 def _pixels(self:Detector, picture): # (3 H W), or (t 3 H W) when the picture is looked at in windows
@@ -803,8 +809,8 @@ def untrained(
     detector:Detector, # one whose head was never trained
 ) -> str: # a sentence
     "Say that a head means nothing yet, and what to do"
-    m, shipped = detector.method, 'the default preset on tiny comes with one; ' if detector.learns else ''
-    return (f"there is no trained head for {m} with {'preset ' + repr(detector.preset) if detector.preset else 'these settings'} on {detector.backbone.name}: {shipped}"
+    m, own = detector.method, 'one comes with the package, on tiny with preset and settings left out; ' if detector.shipped else ''
+    return (f"there is no trained head for {m} with {'preset ' + repr(detector.preset) if detector.preset else 'these settings'} on {detector.backbone.name}: {own}"
             f"train one (zsad train --method {m} --data ... --out DIR) and give its folder as weights")
 
 # %% ../nbs/23_detector.ipynb #116fdcd5

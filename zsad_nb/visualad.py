@@ -100,7 +100,7 @@ def homes(
     down, i = math.ceil(m/across), torch.arange(m)
     return torch.stack([((i//across + .5)*grid[0]/down).long(), ((i % across + .5)*grid[1]/across).long()], 1)
 
-# %% ../nbs/31_visualad.ipynb #290fc1d1
+# %% ../nbs/31_visualad.ipynb #13ad4d38
 class Places(nn.Module):
     "What SCA knows about where a patch is, in the six ways of VisualAD table 5; made for one grid, resized for others"
     def __init__(self,
@@ -114,10 +114,11 @@ class Places(nn.Module):
         small = lambda *shape: nn.Parameter(torch.randn(*shape)*.02)   # as released
         if kind == 'learned-1d': self.table = small(h*w, d)
         if kind == 'learned-2d': self.rows, self.columns = small(h, d), small(w, d)
-        if kind == 'relative-2d': self.offsets = nn.Parameter(torch.zeros(2*h - 1, 2*w - 1))
+        if kind == 'relative-2d':
+            self.offsets = nn.Parameter(torch.zeros(2*h - 1, 2*w - 1))
+            self.register_buffer('homes', homes(m, grid), persistent=False)
         if kind == 'sinusoidal-1d': self.register_buffer('table', sinusoid(h*w, d), persistent=False)
         if kind == 'sinusoidal-2d': self.register_buffer('table', _sinusoid_2d(h, w, d).flatten(0, 1), persistent=False)
-        self.register_buffer('homes', homes(m, grid), persistent=False)
 
 def _sinusoid_2d(h, w, d):
     rows, columns = sinusoid(h, d//2), sinusoid(w, d - d//2)
@@ -214,10 +215,10 @@ def shipped_manifest(
     made = read_manifest(HEAD) if backbone.name == 'tiny' and HEAD.is_dir() else None
     return made if made and made['backbone']['fingerprint'] == backbone.fingerprint() else None
 
-# %% ../nbs/31_visualad.ipynb #e89243ed
+# %% ../nbs/31_visualad.ipynb #44d47a1a
 class VisualAD(Detector):
     "Two tokens learn what anomalous and normal look like while they walk through a frozen vision transformer"
-    method, Config, default_preset, learns = 'visualad', VisualADConfig, 'released', True
+    method, Config, default_preset, learns, shipped = 'visualad', VisualADConfig, 'released', True, 'tiny'
     presets = {'released': VisualADConfig(),
                'tiny': VisualADConfig(train_norm=False, dropout=0., sigma=1., token_lr=2e-3, lr=2e-3),   # for small pictures and short trainings
                'paper': VisualADConfig(projections=False, gate_bias=False, dropout=0., token_place='trained', train_norm=False,
@@ -229,17 +230,17 @@ class VisualAD(Detector):
                    'parts_by_layer': 'Parts: what each layer adds to the map'}
     def __init__(self, cfg=None, backbone='tiny'):
         if isinstance(backbone, str): backbone = load_backbone(backbone)
-        shipped = shipped_manifest(backbone) if cfg is None else None
-        super().__init__(VisualADConfig.from_dict(shipped['config']) if shipped else cfg, backbone)
+        own = shipped_manifest(backbone) if cfg is None else None
+        super().__init__(VisualADConfig.from_dict(own['config']) if own else cfg, backbone)
         self._build(self.backbone.trunk)
-        if shipped: self.load_state_dict(read_head(HEAD)); self.training_record = shipped['training']
+        if own: self.load_state_dict(read_head(HEAD)); self.training_record = own['training']
 
-# %% ../nbs/31_visualad.ipynb #1a8800a3
+# %% ../nbs/31_visualad.ipynb #681cfe3c
 @patch
 def _build(self:VisualAD, trunk):
     "Tokens, SCA and SAF for each tap, and perhaps a copy of the trunk's last norm"
     c, d = self.cfg, trunk.width
-    self.taps, self.grid = tapped(c.layers, trunk.depth), tuple(n//trunk.patch_size for n in self._size())
+    self.taps, self.grid = tapped(c.layers, trunk.depth), tuple(n//trunk.patch_size for n in self.input_size)
     self.normal, self.anomaly = (nn.Parameter(torch.randn(d)*d**-.5*.1) for _ in range(2))       # as released
     place = trunk.class_place().detach().clone()
     if c.token_place == 'trained': self.place = nn.Parameter(place.repeat(2, 1))
@@ -247,11 +248,6 @@ def _build(self:VisualAD, trunk):
     self.sca = nn.ModuleDict({str(l): SCA(d, self.grid, c) for l in self.taps if c.sca})
     self.saf = nn.ModuleDict({str(l): make_saf(d, c.dropout) for l in self.taps if c.saf})
     if c.train_norm: self.norm = copy.deepcopy(trunk.last_norm).requires_grad_(True)
-
-@patch
-def _size(self:VisualAD): # (H, W) pixels of the training pictures
-    size = self.cfg.image_size or self.backbone.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 # %% ../nbs/31_visualad.ipynb #438b462b
 @patch
